@@ -1,0 +1,121 @@
+"""Activation checkpointing of an unmodified model, on `torch.utils.checkpoint`.
+
+The baseline that local learning is measured against, done well: non-reentrant, with the batch statistics of
+normalisation layers updated once (a plain `checkpoint` updates them twice, in the forward pass and in the
+recomputation).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.utils.checkpoint import checkpoint
+
+from glcan.profile import Profile
+
+__all__ = ["checkpointed", "segments_of"]
+
+
+def segments_of(profile: Profile, count: int | None = None) -> list[list[str]]:
+    """Runs of units that are recomputed together.
+
+    A run begins at a unit with weights; what follows without any (normalisation, activation, pooling: they may work in
+    place) belongs to it. A unit that something else happens before (not `chained`) cannot join a run.
+
+    Args:
+        profile: of the model.
+        count: about so many runs, with even saved bytes; None for one run a unit with weights.
+    """
+    wanted = 0.0 if count is None else sum(unit.saved_bytes for unit in profile.units) / max(1, count)
+    runs: list[list[str]] = []
+    filled, opened = 0.0, False
+    for unit in profile.units:
+        joins = opened and unit.chained and (not unit.weights or filled + unit.saved_bytes / 2 < wanted)
+        if joins:
+            runs[-1].append(unit.name)
+            filled += unit.saved_bytes
+        elif unit.weights:
+            runs.append([unit.name])
+            filled, opened = float(unit.saved_bytes), True
+        else:
+            opened = False
+    return runs
+
+
+def square_root(profile: Profile) -> int:
+    """About sqrt(n) segments for n units with weights (Chen et al. 2016, section 4.3)."""
+    return max(1, round(math.sqrt(sum(unit.weights > 0 for unit in profile.units))))
+
+
+@contextlib.contextmanager
+def checkpointed(model: nn.Module, runs: Sequence[Sequence[str]]) -> Iterator[None]:
+    """While this is open, the model's forward keeps only the inputs of each run of units for the backward pass.
+
+    A run of several units is computed at its first unit; the others hand on what they are given. On exit the modules
+    are as before.
+    """
+    before: list[tuple[nn.Module, bool, Any]] = []
+
+    def override(name: str, forward: Callable[..., Any]) -> None:
+        module = model.get_submodule(name)
+        before.append((module, "forward" in module.__dict__, module.__dict__.get("forward")))
+        module.__dict__["forward"] = forward
+
+    try:
+        for run in runs:
+            modules = [model.get_submodule(name) for name in run]
+            override(run[0], _recomputed([m.forward for m in modules], modules))
+            for name in run[1:]:
+                override(name, _hand_on)
+        yield
+    finally:
+        for module, overridden, forward in reversed(before):
+            if overridden:
+                module.__dict__["forward"] = forward
+            else:
+                module.__dict__.pop("forward", None)
+
+
+def _hand_on(value: Tensor) -> Tensor:
+    return value
+
+
+def _recomputed(forwards: list[Callable[..., Any]], modules: list[nn.Module]) -> Callable[..., Any]:
+    norms = [m for module in modules for m in module.modules() if isinstance(m, _NormBase) and m.track_running_stats]
+
+    def chain(*args: Any, **kwargs: Any) -> Any:
+        out = forwards[0](*args, **kwargs)
+        for forward in forwards[1:]:
+            out = forward(out)
+        return out
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(
+            chain,
+            *args,
+            use_reentrant=False,
+            context_fn=lambda: (contextlib.nullcontext(), _frozen_statistics(norms)),
+            **kwargs,
+        )
+
+    return run
+
+
+@contextlib.contextmanager
+def _frozen_statistics(norms: list[_NormBase]) -> Iterator[None]:
+    """Running statistics keep their values, while the layers still normalise with the batch's own statistics."""
+    before = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
+    try:
+        for norm in norms:
+            norm.momentum = 0.0
+            norm.num_batches_tracked = None
+        yield
+    finally:
+        for norm, momentum, batches in before:
+            norm.momentum = momentum
+            norm.num_batches_tracked = batches

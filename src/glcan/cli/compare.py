@@ -1,0 +1,46 @@
+"""`glcan compare`: several methods on the same data, seeds and schedule."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from glcan.cli.options import Recipe, Task, configure, free_folder, settings
+
+
+@settings(without=("rule", "blocks", "seed"))
+def compare(
+    task: Task = "classification",
+    methods: Annotated[
+        str,
+        typer.Option(
+            help="Methods, separated by commas: baselines (e2e, checkpoint, checkpoint-sqrt) and RULE:BLOCKS."
+        ),
+    ] = "e2e,checkpoint,glcan:4",
+    seeds: Annotated[str, typer.Option(help="Seeds, separated by commas; each method is trained with each.")] = "0",
+    out: Annotated[
+        Path | None, typer.Option(help="Directory of the comparison; default: a new one under runs/.")
+    ] = None,
+    recipe: Recipe = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress, only the result.")] = False,
+    *,
+    given: dict[str, Any],
+) -> None:
+    """Compare methods: accuracy, peak memory and step time, each against end-to-end training.
+
+    Without arguments: end-to-end, activation checkpointing and GLCAN with 4 blocks on the embedded digits.
+    """
+    from glcan.errors import ConfigError
+    from glcan.report import compare as run_comparison
+
+    try:
+        numbers = [int(seed) for seed in seeds.split(",")]
+    except ValueError:
+        raise ConfigError(f"--seeds {seeds!r} is no list of whole numbers; write for example --seeds 0,1,2.") from None
+    config = configure(task, given, recipe)
+    if out is None:
+        out = free_folder(f"compare-{Path(config.data).name}-{config.model}".replace("/", "_").replace(":", "."))
+    names = [name.strip() for name in methods.split(",") if name.strip()]
+    run_comparison(config, names, numbers, out, progress=not quiet)

@@ -1,0 +1,66 @@
+"""`glcan train`: train a model in gradient-isolated blocks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from glcan.cli.options import Recipe, Task, configure, free_folder, settings
+
+
+@settings()
+def train(
+    task: Task = "classification",
+    out: Annotated[
+        Path | None, typer.Option(help="Run directory; default: a new one under runs/, named after the run.")
+    ] = None,
+    recipe: Recipe = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Continue the run in --out as if it had never stopped (its settings need not be repeated); begin it "
+            "where there is none.",
+        ),
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress, only the result.")] = False,
+    *,
+    given: dict[str, Any],
+) -> None:
+    """Train a model in gradient-isolated blocks, and keep its weights, metrics and checkpoints in a run directory.
+
+    Without arguments: a small ResNet on the embedded digits, with GLCAN.
+    """
+    from glcan.errors import RunError
+    from glcan.training import RunDirectory
+    from glcan.training import train as run_training
+
+    if resume and out is None:
+        raise RunError("--resume needs the directory of the run to continue. Name it with --out.")
+    stored = out if resume and out is not None and RunDirectory(out).config.exists() else None
+    config = configure(task, given, recipe, stored)
+    if out is None:
+        blocks = "" if config.blocks is None else str(config.blocks)
+        name = f"{Path(config.data).name}-{config.model}-{config.rule}{blocks}-seed{config.seed}"
+        out = free_folder(name.replace("/", "_").replace(":", "."))
+    run = RunDirectory(out)
+    try:
+        summary = run_training(config, out, resume=resume, progress=not quiet)
+    except (KeyboardInterrupt, SystemExit):
+        if run.checkpoint.exists():
+            Console(stderr=True).print(
+                f"Stopped; a checkpoint is written. Continue with: glcan train --resume --out {out}",
+                highlight=False,
+                markup=False,
+                soft_wrap=True,
+            )
+        raise
+    for metric in summary.metrics:
+        percent = f" ({100 * metric.value:.2f} %)" if metric.unit == "fraction" else ""
+        typer.echo(f"test {metric.name}: {metric.value:.4f} {metric.unit}{percent}")
+    typer.echo(f"{summary.blocks} blocks, {summary.epochs} epochs, {summary.train_seconds:.1f} s of training")
+    typer.echo(f"weights: {run.weights}")
+    typer.echo(f"summary: {run.summary}")

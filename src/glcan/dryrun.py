@@ -1,0 +1,81 @@
+"""Running a model without computing anything, and without touching it.
+
+`dry_run` gives a structural copy of the model whose tensors are fake (shapes only), so that a profile, a leak check or
+a plan costs neither memory nor arithmetic, and leaves BatchNorm statistics, caches and random generators alone. Where
+a model cannot be run on fake tensors (data-dependent control flow, custom kernels) it falls back to the real model,
+and puts buffers, gradients and generators back afterwards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_map_only
+
+__all__ = ["dry_run", "fake_copy"]
+
+T = TypeVar("T")
+
+
+def fake_copy(model: nn.Module, batch: Any, mode: FakeTensorMode) -> tuple[nn.Module, Any]:
+    """A copy of the modules with fake parameters and buffers (tied ones stay tied), and the batch as fake tensors."""
+    memo: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        memo[id(tensor)] = mode.from_tensor(tensor)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        twin = copy.deepcopy(model, memo)
+    return twin, tree_map_only(Tensor, mode.from_tensor, batch)
+
+
+@contextlib.contextmanager
+def _untouched(model: nn.Module, batch: Any) -> Iterator[Any]:
+    """Gives a clone of the batch; puts buffers, gradients, modes and random generators back."""
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    gradients = [(p, p.grad) for p in model.parameters()]
+    modes = [(m, m.training) for m in model.modules()]
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    try:
+        for parameter, _ in gradients:
+            parameter.grad = None
+        with torch.random.fork_rng(devices=[d for d in devices if d is not None]):
+            yield tree_map_only(Tensor, lambda t: t.detach().clone(), batch)
+    finally:
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        for module, training in modes:
+            module.training = training
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                if name in buffers:
+                    buffer.copy_(buffers[name])
+
+
+def dry_run(model: nn.Module, batch: Any, use: Callable[[nn.Module, Any], T]) -> T:
+    """``use(model, batch)`` on a fake copy; on the real model where that is not possible.
+
+    Args:
+        model: the user's model; as it was afterwards.
+        batch: nested tensors; never written to.
+        use: runs the model and returns what was found out; called a second time after a failure on fake tensors.
+
+    Raises:
+        Exception: whatever ``use`` raises on the real model.
+    """
+    if any(isinstance(p, FakeTensor) for p in model.parameters()):  # the caller is in a dry run already
+        return use(model, batch)
+    try:
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        twin, fake_batch = fake_copy(model, batch, mode)
+        with torch.random.fork_rng(), mode:
+            return use(twin, fake_batch)
+    except Exception:
+        with _untouched(model, batch) as real_batch:
+            return use(model, real_batch)

@@ -1,0 +1,363 @@
+"""Gradient isolation of an unmodified model.
+
+`Isolation` runs ``model(*args, **kwargs)`` as it is, and keeps gradients from crossing the cuts. It stands on a
+`torch.overrides.TorchFunctionMode`: every tensor that a block produces is tagged with that block; when a later block
+uses it, the operation receives a detached twin instead. Skip connections, feature pyramids and tensors that travel in
+lists, dicts or dataclasses are therefore isolated without being declared, and nothing of the model is renamed, copied
+or rewritten.
+
+Inside a *unit* (a sub-module that is never cut inside) the mode is off: operations there cost nothing extra. Only the
+glue between units is intercepted.
+
+What the mode cannot see, because PyTorch does not show it: a custom `torch.autograd.Function` applied in the glue, and
+older tensors that a unit takes from somewhere else than its arguments. `leaked_parameters` finds both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
+from torch.overrides import _get_current_function_mode as _top_mode
+
+from glcan.errors import CutError, UnknownName
+
+__all__ = ["Boundary", "Isolation", "leaked_parameters", "tensors_in"]
+
+_TAG = "_glcan_tag"
+# The properties of a tensor that give a differentiable tensor; every other one (shape, dtype, ...) is left alone.
+_TENSOR_PROPERTIES = frozenset(getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "real", "imag"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Boundary:
+    """The tensors that cross a cut. All require a gradient and belong to the block that ends there.
+
+    Attributes:
+        block: index of the block that ends, from 0.
+        cut: name of the unit that begins the next block.
+        entering: the tensors passed to that unit, in the order of its arguments.
+        skipping: tensors of the block that pass by the unit and are used further on (skip connections, pyramid levels).
+    """
+
+    block: int
+    cut: str
+    entering: tuple[Tensor, ...]
+    skipping: tuple[Tensor, ...] = ()
+
+
+class _Tag:
+    """What is known of a tensor: the run and the block that produced it, its number, and its detached twin."""
+
+    __slots__ = ("block", "number", "run", "twin")
+
+    def __init__(self, run: object, block: int, number: int) -> None:
+        self.run, self.block, self.number = run, block, number
+        self.twin: Tensor | None = None
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Every tensor in nested tuples, lists, sets, mappings and dataclasses, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, (tuple, list, set, frozenset)):
+        for item in value:
+            yield from tensors_in(item)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            yield from tensors_in(getattr(value, field.name, None))
+
+
+def _replace(value: Any, swap: Callable[[Tensor], Tensor]) -> Any:
+    """``value`` with each tensor replaced by ``swap(tensor)``; lists, dicts and dataclasses keep their identity."""
+    if isinstance(value, Tensor):
+        return swap(value)
+    if isinstance(value, (tuple, frozenset, set)):
+        items = [_replace(item, swap) for item in value]
+        if all(new is old for new, old in zip(items, value, strict=True)):
+            return value
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if isinstance(value, list):
+        for i, item in enumerate(value):
+            new = _replace(item, swap)
+            if new is not item:
+                value[i] = new
+        return value
+    if isinstance(value, Mapping):
+        changed = {k: new for k, item in value.items() if (new := _replace(item, swap)) is not item}
+        if not changed:
+            return value
+        if hasattr(value, "__setitem__"):
+            for key, new in changed.items():
+                value[key] = new
+            return value
+        return type(value)({**value, **changed})  # type: ignore[call-arg]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            old = getattr(value, field.name, None)
+            new = _replace(old, swap)
+            if new is not old:
+                object.__setattr__(value, field.name, new)
+        return value
+    return value
+
+
+class Isolation(TorchFunctionMode):
+    """Runs a model block by block, no gradient crossing a cut.
+
+    ::
+
+        with Isolation(model, units, cuts, on_boundary) as isolation:
+            output = model(images)                       # on_boundary(boundary) is called at each cut
+            loss = criterion(output, labels)             # only the last block's gradient is in here
+            with isolation.replay():
+                loss.backward()
+
+    The callback runs while the model's forward stands at the cut, and may run ``backward`` at once: the saved
+    activations of the finished block are then freed before the next block begins. The object can be entered again and
+    again. Whatever happens inside, the model's own ``forward`` attributes are as before on exit.
+
+    Args:
+        model: any module. Its parameters, buffers and mode (train, eval) are not touched.
+        units: names of sub-modules, none inside another, that are never cut inside.
+        cuts: names of the units, in the order in which they run, at which a new block begins.
+        on_boundary: called with the `Boundary` at each cut; must not run the model.
+        held: for each cut, the numbers (see `Profile.crossing`) of the tensors that pass by it, so that they can be
+            given as ``Boundary.skipping``.
+
+    Raises:
+        UnknownName: a unit or a cut is not there.
+        CutError: a unit lies inside another one, or the cuts are no units, or repeat.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        units: Sequence[str],
+        cuts: Sequence[str] = (),
+        on_boundary: Callable[[Boundary], None] | None = None,
+        held: Mapping[str, Collection[int]] | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.modules = check_units(model, units)
+        for cut in cuts:
+            if cut not in self.modules:
+                raise UnknownName("cut", cut, self.modules, "A cut is the name of the unit that begins a block.")
+        if len(set(cuts)) != len(cuts):
+            raise CutError(f"The cuts {list(cuts)} name a unit twice; name each at most once.")
+        self.cuts = tuple(cuts)
+        self.on_boundary = on_boundary
+        self.held = {cut: frozenset(numbers) for cut, numbers in (held or {}).items()}
+        self.block = 0
+        self._reset()
+
+    def _reset(self) -> None:
+        self.block = 0
+        self._run = object()
+        self._number = 0
+        self._replaying = False
+        self._inside = 0  # depth of units in which the mode could not be taken off the stack
+        self._kept: dict[int, Tensor] = {}
+        self._keep: frozenset[int] = frozenset().union(*self.held.values())
+
+    # -- entering and leaving ------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Isolation:
+        self._reset()
+        self._before: dict[str, tuple[bool, Any]] = {}
+        try:
+            for name, module in self.modules.items():
+                self._before[name] = ("forward" in module.__dict__, module.__dict__.get("forward"))
+                module.__dict__["forward"] = self._wrap(name, module.forward)
+            super().__enter__()
+        except BaseException:
+            self._restore()
+            raise
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        try:
+            super().__exit__(*exc)
+        finally:
+            self._restore()
+            self._kept.clear()
+
+    def _restore(self) -> None:
+        for name, (overridden, forward) in self._before.items():
+            module = self.modules[name]
+            if overridden:
+                module.__dict__["forward"] = forward
+            else:
+                module.__dict__.pop("forward", None)
+        self._before = {}
+
+    @contextlib.contextmanager
+    def replay(self) -> Iterator[None]:
+        """While this is open, unit calls are recomputations (activation checkpointing), not steps forward."""
+        before, self._replaying = self._replaying, True
+        try:
+            yield
+        finally:
+            self._replaying = before
+
+    @contextlib.contextmanager
+    def _suspended(self) -> Iterator[None]:
+        """The mode off the stack, so that a unit runs at full speed; other modes of the user's stay."""
+        if _top_mode() is self:
+            _pop_mode()
+            try:
+                yield
+            finally:
+                _push_mode(self)
+        else:
+            self._inside += 1
+            try:
+                yield
+            finally:
+                self._inside -= 1
+
+    # -- tensors -------------------------------------------------------------------------------------------------
+
+    def twin(self, tensor: Tensor) -> Tensor:
+        """The tensor itself if the current block (or nobody) produced it, else its detached twin (same storage)."""
+        tag: _Tag | None = getattr(tensor, _TAG, None)
+        while tag is not None and tag.block < self.block and tag.run is self._run:
+            if tag.twin is None:
+                tag.twin = tensor.detach()
+            tensor = tag.twin
+            tag = getattr(tensor, _TAG, None)  # an in-place operation may have made the twin a later block's tensor
+        return tensor
+
+    def _incoming(self, value: Any) -> Any:
+        return _replace(value, self.twin) if self.block else value
+
+    def _outgoing(self, value: Any) -> None:
+        for tensor in tensors_in(value):
+            if tensor.requires_grad and not isinstance(tensor, nn.Parameter):
+                self._tag(tensor)
+
+    def _tag(self, tensor: Tensor) -> None:
+        tag = getattr(tensor, _TAG, None)
+        if tag is not None and tag.run is self._run and tag.block == self.block:
+            return  # an in-place operation, or a unit that returns its input
+        number = self._number
+        self._number += 1
+        setattr(tensor, _TAG, _Tag(self._run, self.block, number))
+        if number in self._keep:
+            self._kept[number] = tensor
+
+    # -- the two places where operations are seen: the glue, and the units ------------------------------------------
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self._inside or (getattr(func, "__name__", "") == "__get__" and func not in _TENSOR_PROPERTIES):
+            return func(*args, **kwargs)
+        if self.block:
+            args, kwargs = _replace(args, self.twin), _replace(kwargs, self.twin)
+        out = func(*args, **kwargs)
+        if not self._replaying:
+            self._outgoing(out if out is not None else args[:1])  # x[i] = y returns nothing, and changes x
+        return out
+
+    def _wrap(self, name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(forward)
+        def unit(*args: Any, **kwargs: Any) -> Any:
+            if self._inside:
+                return forward(*args, **kwargs)
+            if self._replaying:
+                args, kwargs = self._incoming((args, kwargs))
+                with self._suspended():
+                    return forward(*args, **kwargs)
+            if self.block < len(self.cuts) and name == self.cuts[self.block]:
+                self._cross(name, args, kwargs)
+            return self._call(name, forward, args, kwargs)
+
+        return unit
+
+    def _call(self, name: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        args, kwargs = self._incoming((args, kwargs))
+        with self._suspended():
+            out = forward(*args, **kwargs)
+        self._outgoing(out)
+        return out
+
+    def _cross(self, cut: str, args: Any, kwargs: Any) -> None:
+        entering: dict[int, Tensor] = {}
+        for tensor in tensors_in((args, kwargs)):
+            own = self.twin(tensor)
+            if own.requires_grad and not isinstance(own, nn.Parameter):
+                entering[id(own)] = own
+        skipping = {id(t): t for n in sorted(self.held.get(cut, ())) if (t := self._of_this_block(n)) is not None}
+        boundary = Boundary(
+            self.block, cut, tuple(entering.values()), tuple(t for i, t in skipping.items() if i not in entering)
+        )
+        del entering, skipping
+        if self.on_boundary is not None:
+            with self.replay():
+                self.on_boundary(boundary)
+        self.block += 1
+        later = self.cuts[self.block :]
+        still = frozenset().union(*(self.held.get(c, frozenset()) for c in later))
+        self._kept = {n: t for n, t in self._kept.items() if n in still}
+
+    def _of_this_block(self, number: int) -> Tensor | None:
+        tensor = self._kept.get(number)
+        return tensor if tensor is not None and getattr(tensor, _TAG).block == self.block else None
+
+
+def check_units(model: nn.Module, units: Sequence[str]) -> dict[str, nn.Module]:
+    """The units by name.
+
+    Raises:
+        UnknownName: a unit is no sub-module of the model.
+        CutError: a unit lies inside another one, or is the same module as another one.
+    """
+    known = dict(model.named_modules(remove_duplicate=False))
+    modules: dict[str, nn.Module] = {}
+    for name in units:
+        if name not in known or name == "":
+            raise UnknownName("unit", name, [n for n in known if n], "A unit is the name of a sub-module.")
+        modules[name] = known[name]
+    owner = {module: name for name, module in modules.items()}
+    for name, module in modules.items():
+        if owner[module] != name:
+            raise CutError(f"The units {owner[module]!r} and {name!r} are the same module; name only one of them.")
+        for inner in module.modules():
+            if inner is not module and inner in owner:
+                raise CutError(f"The unit {owner[inner]!r} lies inside the unit {name!r}; name only one of them.")
+    return modules
+
+
+def leaked_parameters(loss: Tensor, allowed: Collection[nn.Parameter]) -> list[Tensor]:
+    """The leaves that ``loss`` would send a gradient to although they are not in ``allowed``.
+
+    Walks the autograd graph without running it, so nothing is computed or freed.
+
+    Args:
+        loss: scalar, with a graph.
+        allowed: the parameters of the block (and of its auxiliary network) that the loss belongs to.
+    """
+    permitted = {id(p) for p in allowed}
+    found: dict[int, Tensor] = {}
+    seen: set[Any] = set()
+    todo = [loss.grad_fn] if loss.grad_fn is not None else []
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)  # AccumulateGrad
+        if leaf is not None and id(leaf) not in permitted:
+            found[id(leaf)] = leaf
+        todo.extend(parent for parent, _ in node.next_functions)
+    return list(found.values())

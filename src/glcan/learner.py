@@ -1,0 +1,405 @@
+"""The learner: a model, a plan, a rule and a task that train it block by block."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer
+
+from glcan import rules, tasks
+from glcan.dryrun import dry_run
+from glcan.errors import CheckpointError, ConfigError, CutError, GradientLeak
+from glcan.isolation import Boundary, Isolation, leaked_parameters, tensors_in
+from glcan.plan import Plan, make_plan
+from glcan.profile import Profile, profile
+from glcan.rules import Site
+
+__all__ = ["LocalLearner"]
+
+OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
+
+
+class LocalLearner:
+    """Trains a model in gradient-isolated blocks, each through a small auxiliary network.
+
+    ::
+
+        learner = LocalLearner(model, sample=(images, labels), blocks=4, optimizer=partial(SGD, lr=0.1, momentum=0.9))
+        for images, labels in loader:
+            losses = learner.step(images, labels)          # {"block1": ..., "block4": ...}
+        torch.save(learner.model.state_dict(), "model.pt")  # the user's own model, the user's own names
+
+    Args:
+        model: shared, never copied or renamed. In train mode, on the device where it is to be trained.
+        task: "classification", or a `glcan.tasks.Task`.
+        sample: a batch as `backward` and `step` take it, for the profile; classification: (images [B, C, H, W],
+            labels [B]). The batch size may differ later.
+        blocks: K, the number of blocks; the cuts are chosen so that the largest block saves the fewest bytes. K=1 is
+            plain back-propagation, bit for bit.
+        cuts: names of the units at which blocks 2 ... K begin, in place of ``blocks``.
+        units: names of the sub-modules that are never cut inside, in place of the profile's.
+        rule: a name of `glcan.methods()` or a `glcan.rules.Rule`. Baselines take no blocks or cuts.
+        rule_options: of the rule, e.g. ``{"budget": 0.2}``.
+        optimizer: ``optimizer(parameters) -> torch.optim.Optimizer``, called once for each block; `step` needs it.
+        autocast: torch.bfloat16 or torch.float16 for the forward passes; None: as the model is (or as the caller's own
+            ``torch.autocast`` says). The backward passes run outside of it.
+        clip_norm: in `step`, clips the norm of each block's gradient to this.
+        leak_check: look for gradients that cross a cut (walks the autograd graph once).
+
+    Attributes:
+        model: the user's own object.
+        auxiliary: ``nn.ModuleDict`` by block name; all that was added.
+        plan, profile, rule, task: see their classes.
+        optimizers: one for each block that has trainable parameters (and one for tied parameters, see below).
+
+    Parameters that are used in several blocks (tied weights) get the sum of the blocks' gradients, and `step` updates
+    them once, after the last block.
+
+    Raises:
+        GradientLeak: a gradient would cross a cut (names the parameters and the cut).
+        CutError, ConfigError, DataError, UnknownName: what was asked for does not fit.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: str | tasks.Task = "classification",
+        sample: Sequence[Any] | None = None,
+        *,
+        blocks: int | None = None,
+        cuts: Sequence[str] | None = None,
+        units: Sequence[str] | None = None,
+        rule: str | rules.Rule = "glcan",
+        rule_options: Mapping[str, Any] | None = None,
+        optimizer: OptimizerFactory | None = None,
+        autocast: torch.dtype | None = None,
+        clip_norm: float | None = None,
+        leak_check: bool = True,
+    ) -> None:
+        if sample is None:
+            raise ConfigError("sample is missing; give a batch such as sample=(images, labels), which is run once.")
+        if autocast not in (None, torch.bfloat16, torch.float16):
+            raise ConfigError(f"autocast is {autocast}; it must be torch.bfloat16, torch.float16 or None.")
+        if clip_norm is not None and not clip_norm > 0:
+            raise ConfigError(f"clip_norm is {clip_norm}; it must be a positive number or None.")
+        self.model = model
+        self.task = tasks.create(task)
+        self.rule = rules.create(rule, rule_options)
+        if self.task.name not in self.rule.tasks:
+            raise ConfigError(
+                f"The rule {self.rule.name!r} serves {', '.join(self.rule.tasks)}, not the task {self.task.name!r}."
+            )
+        self.autocast = autocast
+        self.clip_norm = clip_norm
+        batch = tuple(sample)
+        args, kwargs = self.task.arguments(batch)
+        self.profile: Profile = profile(model, args, kwargs, units=units)
+        self.task.prepare(self.profile.output, batch)
+        self.plan = self._make_plan(blocks, cuts)
+        names = [f"block{i}" for i in range(1, self.plan.blocks + 1)]
+        self.names = tuple(names)
+        self.auxiliary = nn.ModuleDict(
+            {
+                name: self.rule.build(Site(model, self.profile, self.plan, self.task, i))
+                for i, name in enumerate(names[:-1])
+                if self._trains(i)
+            }
+        )
+        like = next((p for p in model.parameters() if p.is_floating_point()), None)
+        if like is not None and any(p.device != like.device or p.dtype != like.dtype for p in self.auxiliary.parameters()):
+            self.auxiliary.to(device=like.device, dtype=like.dtype)
+        self.auxiliary.train(model.training)
+        self._own, self._shared = self._ownership()
+        self._isolation = Isolation(
+            model,
+            self.profile.names if self.plan.blocks > 1 else [],
+            self.plan.cuts,
+            held={cut: self.profile.crossing[cut] for cut in self.plan.cuts},
+        )
+        self.optimizers: list[Optimizer] = []
+        self._block_optimizer: dict[int, Optimizer] = {}
+        if leak_check and self.plan.blocks > 1:
+            self._check_leaks(batch)
+        if optimizer is not None:
+            self._make_optimizers(optimizer)
+
+    # -- building ------------------------------------------------------------------------------------------------
+
+    def _make_plan(self, blocks: int | None, cuts: Sequence[str] | None) -> Plan:
+        if self.rule.local:
+            return make_plan(self.profile, blocks=blocks, cuts=cuts)
+        if blocks not in (None, 1) or cuts:
+            raise CutError(
+                f"The baseline {self.rule.name!r} trains the whole model at once; leave out blocks and cuts, "
+                "or choose a local rule such as 'glcan'."
+            )
+        return make_plan(self.profile, blocks=1)
+
+    def _trains(self, block: int) -> bool:
+        """Whether a gradient-requiring tensor leaves the block (not so where all of it is frozen)."""
+        return bool(self.plan.units[block + 1][0].entering)
+
+    def _ownership(self) -> tuple[list[list[nn.Parameter]], list[nn.Parameter]]:
+        """The trainable parameters of each block, and those that several blocks use."""
+        users: dict[int, set[int]] = {}
+        by_id = {id(p): p for p in self.model.parameters()}
+        block_of = {unit.index: k for k, units in enumerate(self.plan.units) for unit in units}
+        block_of[-1] = 0
+        for k, units in enumerate(self.plan.units):
+            for unit in units:
+                for parameter in self.model.get_submodule(unit.name).parameters():
+                    users.setdefault(id(parameter), set()).add(k)
+        named = dict(self.model.named_parameters())
+        for name, positions in self.profile.glue.items():
+            users.setdefault(id(named[name]), set()).update(block_of[i] for i in positions)
+        last = self.plan.blocks - 1
+        own: list[list[nn.Parameter]] = [[] for _ in self.plan.units]
+        shared: list[nn.Parameter] = []
+        self._users = users
+        for key, parameter in by_id.items():
+            if parameter.requires_grad:
+                blocks = users.get(key, {last})
+                (own[next(iter(blocks))] if len(blocks) == 1 else shared).append(parameter)
+        for k, name in enumerate(self.names):
+            if name in self.auxiliary:
+                own[k] += list(self.auxiliary[name].parameters())
+        return own, shared
+
+    def _make_optimizers(self, factory: OptimizerFactory) -> None:
+        for k, parameters in enumerate((*self._own, self._shared)):
+            if parameters:
+                optimizer = factory(parameters)
+                if not isinstance(optimizer, Optimizer):
+                    raise ConfigError(
+                        f"optimizer(parameters) gave {type(optimizer).__name__}; it must return a torch.optim.Optimizer, "
+                        "as functools.partial(torch.optim.SGD, lr=0.1) does."
+                    )
+                self._block_optimizer[k] = optimizer
+                self.optimizers.append(optimizer)
+
+    def _check_leaks(self, batch: tuple[Any, ...]) -> None:
+        names = {id(p): name for name, p in self.model.named_parameters()}
+
+        def check(model: nn.Module, batch: tuple[Any, ...]) -> None:
+            twins = {name: p for name, p in model.named_parameters()}
+            allowed: list[list[nn.Parameter]] = [[] for _ in self.plan.units]
+            for key, blocks in self._users.items():
+                for k in blocks:
+                    allowed[k].append(twins[names[key]])
+
+            def look(block: int, loss: Tensor) -> None:
+                leaked = leaked_parameters(loss, allowed[block])
+                known = {id(p): name for name, p in twins.items()}
+                found = sorted(known[id(p)] for p in leaked if id(p) in known)
+                if found:
+                    cut = self.plan.cuts[block - 1] if block else self.plan.cuts[0]
+                    shown = ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
+                    raise GradientLeak(
+                        f"The loss of block{block + 1} would reach {shown}, which belong to an earlier block: a gradient "
+                        f"crosses the cut at {cut!r}. A custom autograd.Function between units, or a unit that reads a "
+                        "tensor from elsewhere than its arguments, hides it from the isolation. Put that operation into "
+                        "a unit (units=[...]), or cut elsewhere (cuts=[...])."
+                    )
+
+            def at_cut(boundary: Boundary) -> None:
+                tensors = (*boundary.entering, *boundary.skipping)
+                if tensors:
+                    look(boundary.block, sum((t.float().sum() for t in tensors), torch.zeros(())))
+
+            isolation = Isolation(
+                model, self.profile.names, self.plan.cuts, at_cut, {c: self.profile.crossing[c] for c in self.plan.cuts}
+            )
+            args, kwargs = self.task.arguments(batch)
+            with torch.enable_grad(), isolation, self._forward_autocast(batch):
+                output = model(*args, **kwargs)
+                losses = [isolation.twin(t) for t in tensors_in(output) if t.is_floating_point()]
+                total = sum((t.float().sum() for t in losses if t.requires_grad), torch.zeros(()))
+                if total.requires_grad:
+                    look(self.plan.blocks - 1, total)
+
+        dry_run(self.model, batch, check)
+
+    # -- training ------------------------------------------------------------------------------------------------
+
+    def backward(self, *batch: Any, scaler: Any = None) -> dict[str, Tensor]:
+        """One forward pass, each block's backward pass at its end; ``.grad`` of every trainable parameter is set.
+
+        Gradients add up as with ``loss.backward()``, so zero them between updates.
+
+        Args:
+            batch: as the task has it; classification: images [B, C, H, W], labels [B].
+            scaler: a ``torch.amp.GradScaler`` for float16.
+
+        Returns:
+            The blocks' losses by name, detached scalars; the last one is the model's own.
+        """
+        return self._run(batch, scaler, None)
+
+    def step(self, *batch: Any) -> dict[str, Tensor]:
+        """As `backward`, but each block is updated as soon as its backward pass is done, and its gradients are freed.
+
+        Raises:
+            ConfigError: the learner was built without an optimizer.
+        """
+        if not self.optimizers:
+            raise ConfigError("step() needs an optimizer: LocalLearner(..., optimizer=partial(torch.optim.SGD, lr=0.1)).")
+        losses = self._run(batch, None, self._update)
+        self._update(len(self._own))
+        self.rule.after_step(self.auxiliary, self.model)
+        return losses
+
+    def _update(self, block: int) -> None:
+        optimizer = self._block_optimizer.get(block)
+        if optimizer is None:
+            return
+        parameters = (*self._own, self._shared)[block]
+        if self.clip_norm is not None:
+            nn.utils.clip_grad_norm_(parameters, self.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def _run(self, batch: tuple[Any, ...], scaler: Any, finish: Callable[[int], None] | None) -> dict[str, Tensor]:
+        losses: dict[str, Tensor] = {}
+        forward = self._forward_autocast(batch)
+        isolation = self._isolation
+
+        def learn(block: int, loss: Tensor) -> None:
+            losses[self.names[block]] = loss.detach()
+            with self._no_autocast(loss):
+                (loss if scaler is None else scaler.scale(loss)).backward()
+                del loss
+                if finish is not None:
+                    finish(block)
+            if self.autocast is not None:
+                torch.clear_autocast_cache()
+
+        def at_cut(boundary: Boundary) -> None:
+            name = self.names[boundary.block]
+            if name in self.auxiliary:
+                learn(boundary.block, self.task.local_loss(self.auxiliary[name](boundary, batch), batch))
+
+        args, kwargs = self.task.arguments(batch)
+        if self.profile.writes_input:
+            args, kwargs = _cloned(args), _cloned(kwargs)
+        isolation.on_boundary = at_cut
+        last = self.plan.blocks - 1
+        with isolation if last else contextlib.nullcontext(), forward:
+            with self.rule.running(self.model, self.profile):
+                loss = self.task.loss(self.model(*args, **kwargs), batch)
+            if last and isolation.block != last:
+                raise CutError(
+                    f"The model ran without reaching the cut {self.plan.cuts[isolation.block]!r} (its layers are skipped "
+                    "or ran in another order); cut at a unit that always runs."
+                )
+            with isolation.replay() if last else contextlib.nullcontext():
+                learn(last, loss)
+        return losses
+
+    def _forward_autocast(self, batch: Any) -> contextlib.AbstractContextManager[Any]:
+        if self.autocast is None:
+            return contextlib.nullcontext()
+        device = next((t.device.type for t in tensors_in(batch)), "cpu")
+        return torch.autocast(device, self.autocast)
+
+    @staticmethod
+    def _no_autocast(loss: Tensor) -> contextlib.AbstractContextManager[Any]:
+        if torch.is_autocast_enabled(loss.device.type):
+            return torch.autocast(loss.device.type, enabled=False)
+        return contextlib.nullcontext()
+
+    # -- everything else -----------------------------------------------------------------------------------------
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All trainable parameters, the auxiliary networks' included, for an optimizer of one's own."""
+        return [p for block in (*self._own, self._shared) for p in block]
+
+    def train(self, mode: bool = True) -> LocalLearner:
+        """Sets train mode (or eval mode) on the model and the auxiliary networks."""
+        self.model.train(mode)
+        self.auxiliary.train(mode)
+        return self
+
+    def eval(self) -> LocalLearner:
+        """Sets eval mode."""
+        return self.train(False)
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "rule": self.rule.name,
+            "rule_options": {k: v for k, v in vars(self.rule.config).items()},
+            "task": self.task.name,
+            "cuts": list(self.plan.cuts),
+            "units": self.profile.names,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that exact resumption needs, except the random generators: tensors and plain values only."""
+        return {
+            "identity": self._identity(),
+            "model": self.model.state_dict(),
+            "auxiliary": self.auxiliary.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Puts a `state_dict` back. Nothing is changed unless all of it fits.
+
+        Raises:
+            CheckpointError: it is of another model, rule or plan, or is incomplete.
+        """
+        missing = {"identity", "model", "auxiliary", "optimizers"} - set(state)
+        if missing:
+            raise CheckpointError(f"This is no learner's state: {', '.join(sorted(missing))} missing.")
+        mine = self._identity()
+        for key, value in mine.items():
+            if state["identity"].get(key) != value:
+                raise CheckpointError(
+                    f"The checkpoint was made with {key}={_short(state['identity'].get(key))}, but this learner has "
+                    f"{key}={_short(value)}. Build the learner as the checkpoint's was, or start a new run."
+                )
+        for part, module in (("model", self.model), ("auxiliary", self.auxiliary)):
+            _check_state(part, module, state[part])
+        if len(state["optimizers"]) != len(self.optimizers):
+            raise CheckpointError(
+                f"The checkpoint has {len(state['optimizers'])} optimizers, this learner has {len(self.optimizers)}. "
+                "Build the learner with the same optimizer=..."
+            )
+        self.model.load_state_dict(state["model"])
+        self.auxiliary.load_state_dict(state["auxiliary"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+
+    def __repr__(self) -> str:
+        return f"LocalLearner({type(self.model).__name__}, rule={self.rule.name!r}, {self.plan})"
+
+
+def _cloned(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return {k: _cloned(v) for k, v in value.items()}
+    return type(value)(_cloned(v) for v in value) if isinstance(value, (tuple, list)) else value
+
+
+def _check_state(part: str, module: nn.Module, state: Mapping[str, Any]) -> None:
+    mine = {name: value.shape for name, value in module.state_dict().items() if isinstance(value, Tensor)}
+    theirs = {name: value.shape for name, value in state.items() if isinstance(value, Tensor)}
+    if mine != theirs:
+        odd = sorted(n for n in mine.keys() | theirs.keys() if mine.get(n) != theirs.get(n))
+        raise CheckpointError(
+            f"The checkpoint's {part} differs from this one in {len(odd)} tensors, for example {odd[0]!r}: "
+            f"{_shape(theirs.get(odd[0]))} there, {_shape(mine.get(odd[0]))} here. Use the model that it was made with."
+        )
+
+
+def _shape(shape: Iterable[int] | None) -> str:
+    return "absent" if shape is None else "x".join(map(str, shape)) or "scalar"
+
+
+def _short(value: Any, width: int = 200) -> str:
+    text = repr(value)
+    return text if len(text) <= width else text[: width - 3] + "..."

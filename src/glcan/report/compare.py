@@ -1,0 +1,289 @@
+"""Compare methods: the same data, seeds, schedule and initial weights for all, and one table of what came out."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import json
+import statistics
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from glcan.errors import ConfigError, RunError
+from glcan.learner import LocalLearner
+from glcan.memory import StepCost, measure_step
+from glcan.report import tables
+from glcan.report.costs import WARMUP_ROUNDS, time_steps, weights_sha256
+from glcan.report.methods import Method, parse_methods
+from glcan.report.results import Comparison, Curve, MethodResult, Metric, VersusE2E
+from glcan.training import RunConfig, Summary, build, environment, load_data, read_metrics, train
+from glcan.training.checkpoint import write_atomically
+from glcan.training.run import write_json
+
+REQUEST = "request.json"
+RESULT = "comparison.json"
+DOCUMENT = "comparison.md"
+
+
+def compare(
+    config: RunConfig, methods: Sequence[str], seeds: Sequence[int], out: Path, *, progress: bool = True
+) -> Comparison:
+    """Train every method with every seed, meter one step of each, and write down how they compare.
+
+    Each run goes to ``out/METHOD/seedN``. Runs that are finished there are used as they are, interrupted ones are
+    continued; so an interrupted comparison is continued by asking for it again, and methods and seeds can be added.
+    Memory and FLOPs are those of one metered step; step times are taken with the methods taking turns, so that all
+    meet the same machine. Ratios are against end-to-end training in the same comparison; without ``"e2e"`` among the
+    methods there is nothing to compare against, and ``vs_e2e`` is None.
+
+    Args:
+        config: data, model and schedule of all runs. ``seed``, ``rule`` and ``blocks`` come from the other arguments;
+            ``cuts`` and ``rule_options`` go to the methods of ``config.rule``.
+        methods: "e2e", "checkpoint", "checkpoint-sqrt", or a rule with its number of blocks such as "glcan:4".
+        seeds: of the initial weights, the order of the images and their augmentation; one run each.
+        out: new, empty, or the directory of this comparison.
+        progress: report progress on standard error and print the table.
+
+    Returns:
+        What ``comparison.json`` holds. Beside it are ``comparison.md`` and the two plots.
+
+    Raises:
+        UnknownName, ConfigError, CutError: the methods, seeds or settings cannot work; raised before anything is
+            written.
+        RunError: ``out`` holds something else, or a comparison with other settings.
+    """
+    from glcan.report.plots import write_plots  # matplotlib: a second that a wrong option need not wait for
+
+    out = Path(out)
+    parsed = parse_methods(methods)
+    configs = _configs(config, parsed, seeds)
+    request = _request(config, parsed, seeds)
+    _check_out(out, request)
+    digest = _check_initial_weights(configs[seeds[0]])
+
+    console = Console(stderr=True, quiet=not progress, highlight=False)
+    for name in ("cuts", "rule_options"):
+        if getattr(config, name) and all(method.rule != config.rule for method in parsed):
+            console.print(
+                f"{name} = {getattr(config, name)} are for rule {config.rule!r}, which no method uses: left out"
+            )
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / REQUEST, request)
+    summaries: dict[str, list[Summary]] = {method.name: [] for method in parsed}
+    curves: dict[str, list[list[dict[str, Any]]]] = {method.name: [] for method in parsed}
+    for i, (seed, method) in enumerate(itertools.product(seeds, parsed)):
+        console.print(f"{method.name}, seed {seed} ({i + 1} of {len(seeds) * len(parsed)} runs)", style="bold")
+        folder = out / method.folder / f"seed{seed}"
+        summaries[method.name].append(train(configs[seed][method], folder, resume=True, progress=progress))
+        curves[method.name].append(read_metrics(folder))
+
+    console.print("memory and time of a step, methods taking turns", style="bold")
+    costs, seconds, batch = _costs(configs[seeds[0]])
+    results = [
+        _result(
+            method,
+            summaries[method.name],
+            curves[method.name],
+            costs[method.name],
+            seconds[method.name],
+            bool(config.val),
+        )
+        for method in parsed
+    ]
+    _relate_to_e2e(results, seconds)
+    comparison: Comparison = {
+        "task": config.task,
+        "model": config.model,
+        "dataset": config.data,
+        "epochs": config.epochs,
+        "seeds": list(seeds),
+        "methods": results,
+        "timing": {"batch": batch, "warmup_rounds": WARMUP_ROUNDS, "rounds": len(seconds[parsed[0].name])},
+        "initial_weights_sha256": digest,
+        "config": request["config"],
+        "environment": environment(),
+    }
+    write_json(out / RESULT, comparison)
+    write_atomically(out / DOCUMENT, lambda path: path.write_text(tables.markdown(comparison), encoding="utf-8"))
+    write_plots(comparison, out)
+    if progress:
+        Console(highlight=False).print(tables.terminal(comparison))
+        console.print(f"{out / RESULT}, {DOCUMENT} and plots are written")
+    return comparison
+
+
+def _configs(config: RunConfig, methods: list[Method], seeds: Sequence[int]) -> dict[int, dict[Method, RunConfig]]:
+    """The configuration of every run, by seed and method."""
+    if not seeds:
+        raise ConfigError("A comparison needs at least one seed, but got none. For example: --seeds 0 1 2.")
+    for i, seed in enumerate(seeds):
+        if seed in seeds[:i]:
+            raise ConfigError(f"Seed {seed} is named more than once; its run would be the same. Name each seed once.")
+    own = [method for method in methods if method.rule == config.rule and not method.baseline]
+    for method in own:
+        if config.cuts is not None and method.blocks != len(config.cuts) + 1:
+            raise ConfigError(
+                f"Method {method.name!r} has {method.blocks} blocks, but {len(config.cuts)} cuts make "
+                f"{len(config.cuts) + 1}. Write '{method.rule}:{len(config.cuts) + 1}', or leave the cuts out."
+            )
+    settings = config.model_dump()
+    configs: dict[int, dict[Method, RunConfig]] = {seed: {} for seed in seeds}
+    for seed, method in itertools.product(seeds, methods):
+        change: dict[str, Any] = {"rule": method.rule, "seed": seed, "blocks": None, "cuts": None, "rule_options": {}}
+        if not method.baseline:
+            change["blocks"] = method.blocks
+        if method in own:
+            change |= {"cuts": config.cuts, "rule_options": config.rule_options}
+        configs[seed][method] = RunConfig(**(settings | change))
+    return configs
+
+
+def _request(config: RunConfig, methods: list[Method], seeds: Sequence[int]) -> dict[str, Any]:
+    """What was asked for; the settings that ``methods`` and ``seeds`` replace are at their defaults."""
+    defaults = {name: RunConfig.model_fields[name].default for name in ("seed", "blocks")}
+    base = RunConfig(**(config.model_dump() | defaults))
+    return {
+        "config": base.model_dump(mode="json"),
+        "methods": [method.name for method in methods],
+        "seeds": list(seeds),
+    }
+
+
+def _check_out(out: Path, request: dict[str, Any]) -> None:
+    """Check that a directory may be used for this comparison, without changing anything."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise RunError(f"{out} is a file, but a comparison needs a directory. Choose another --out.")
+    found = sorted(entry.name for entry in out.iterdir())
+    if not found:
+        return
+    if REQUEST not in found:
+        shown = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
+        raise RunError(f"{out} holds files that belong to no comparison ({shown}). Choose another --out.")
+    try:
+        there = json.loads((out / REQUEST).read_text(encoding="utf-8"))
+        before, methods, seeds = RunConfig(**there["config"]), there["methods"], there["seeds"]
+    except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
+        raise RunError(f"{out / REQUEST} cannot be read ({error}). Choose another --out.") from None
+    differences = RunConfig(**request["config"]).differences(before)
+    if differences:
+        listed = "; ".join(f"{name}: {old!r} there, {new!r} asked" for name, (new, old) in differences.items())
+        raise RunError(f"{out} holds a comparison with other settings ({listed}). Choose another --out.")
+    for kind, old, new in (("methods", methods, request["methods"]), ("seeds", seeds, request["seeds"])):
+        missing = [item for item in old if item not in new]
+        if missing:
+            raise RunError(
+                f"{out} holds this comparison with more {kind}, and its results would be written over: asked were "
+                f"{new}, there are also {missing}. Name these too, or choose another --out."
+            )
+
+
+def _check_initial_weights(configs: dict[Method, RunConfig]) -> str:
+    """Build every method once, so that what cannot work fails before hours of training, and compare their weights."""
+    digests = {}
+    data = load_data(next(iter(configs.values())))
+    for method, config in configs.items():
+        digests[method.name] = weights_sha256(build(config, data).model)
+        gc.collect()
+    assert len(set(digests.values())) == 1, f"methods begin with different weights: {digests}"
+    return next(iter(digests.values()))
+
+
+def _costs(configs: dict[Method, RunConfig]) -> tuple[dict[str, StepCost], dict[str, list[float]], int]:
+    """Cost of a metered step of each method, seconds of the interleaved steps, and the images in such a step."""
+    data = load_data(next(iter(configs.values())))
+    costs: dict[str, StepCost] = {}
+    learners: dict[str, LocalLearner] = {}
+    batch: tuple[Tensor, ...] = ()
+    for method, config in configs.items():
+        learner = build(config, data)
+        batch = _batch(config, learner, next(iter(data.loader("train", config.batch))))
+        learner.train()
+        costs[method.name] = measure_step(learner, *batch)
+        del learner
+        gc.collect()
+    for method, config in configs.items():
+        learners[method.name] = build(config, data)
+        learners[method.name].train()
+    return costs, time_steps(learners, batch), len(batch[0])
+
+
+def _batch(config: RunConfig, learner: LocalLearner, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Images and labels as the trainer gives them to this learner."""
+    device = next(learner.model.parameters()).device
+    layout = torch.channels_last if config.channels_last else torch.contiguous_format
+    return batch[0].to(device, memory_format=layout), batch[1].to(device)
+
+
+def _result(
+    method: Method,
+    summaries: list[Summary],
+    records: list[list[dict[str, Any]]],
+    cost: StepCost,
+    seconds: list[float],
+    validated: bool,
+) -> MethodResult:
+    first = summaries[0]
+    values = [summary.metric.value for summary in summaries]
+    metric: Metric = {
+        "name": f"test_{first.metric.name}",
+        "unit": first.metric.unit,
+        "mean": statistics.fmean(values),
+        "std": statistics.stdev(values) if len(values) > 1 else None,
+        "values": values,
+    }
+    quarters = statistics.quantiles(seconds, n=4, method="inclusive")
+    return {
+        "name": method.name,
+        "blocks": first.blocks,
+        "metric": metric,
+        "peak_bytes": cost.peak_bytes,
+        "activation_peak_bytes": cost.activation_peak_bytes,
+        "by_kind": dict(cost.by_kind),
+        "cuda_peak_bytes": cost.cuda_peak_bytes,
+        "step_seconds": statistics.median(seconds),
+        "step_seconds_quartiles": [quarters[0], quarters[2]],
+        "flops_per_step": cost.flops,
+        "parameters": first.parameters,
+        "auxiliary_parameters": first.auxiliary_parameters,
+        "cuts": first.cuts,
+        "curve": _curve(first, records, validated),
+        "vs_e2e": None,
+    }
+
+
+def _curve(summary: Summary, records: list[list[dict[str, Any]]], validated: bool) -> Curve:
+    """The validation metric over the epochs, or without validation data the loss of the last block in training."""
+    name = f"val_{summary.metric.name}" if validated else "train_loss"
+    last = f"block{summary.blocks}"
+    return {
+        "name": name,
+        "unit": summary.metric.unit if validated else "nats",
+        "epochs": [record["epoch"] for record in records[0]],
+        "values": [[record[name] if validated else record[name][last] for record in run] for run in records],
+    }
+
+
+def _relate_to_e2e(results: list[MethodResult], seconds: dict[str, list[float]]) -> None:
+    base = next((result for result in results if result["name"] == "e2e"), None)
+    if base is None:
+        return
+    for result in results:
+        versus: VersusE2E = {
+            "metric_delta": result["metric"]["mean"] - base["metric"]["mean"],
+            "peak_ratio": result["peak_bytes"] / base["peak_bytes"],
+            "activation_ratio": result["activation_peak_bytes"] / base["activation_peak_bytes"],
+            "time_ratio": statistics.median(_ratios(seconds[result["name"]], seconds[base["name"]])),
+            "flops_ratio": result["flops_per_step"] / base["flops_per_step"],
+        }
+        result["vs_e2e"] = versus
+
+
+def _ratios(seconds: list[float], base: list[float]) -> Iterator[float]:
+    return (own / other for own, other in zip(seconds, base, strict=True))

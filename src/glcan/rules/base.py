@@ -1,0 +1,137 @@
+"""What a rule has to say to train a model block by block."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import typing
+from abc import ABC
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import nn
+
+from glcan.errors import ConfigError, UnknownName
+from glcan.plan import Plan
+from glcan.profile import Feature, Profile, Unit
+from glcan.tasks.base import Task
+
+__all__ = ["Rule", "Site"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """Where an auxiliary network is to stand, and what it may look at while it is built.
+
+    Attributes:
+        model: the user's model (fake or real); not to be changed.
+        profile, plan, task: of the learner.
+        block: index of the block that the auxiliary network trains, from 0.
+    """
+
+    model: nn.Module
+    profile: Profile
+    plan: Plan
+    task: Task
+    block: int
+
+    @property
+    def cut(self) -> Unit:
+        """The unit that begins the next block."""
+        return self.plan.units[self.block + 1][0]
+
+    @property
+    def features(self) -> tuple[Feature, ...]:
+        """Of the tensors that enter the cut, in the order of ``Boundary.entering``."""
+        return self.cut.entering
+
+    @property
+    def main(self) -> int:
+        """Index of the largest of `features`: the trunk."""
+        sizes = [f.channels * f.grid[0] * f.grid[1] for f in self.features]
+        return sizes.index(max(sizes))
+
+    @property
+    def to_come(self) -> list[Feature]:
+        """For each stage after the trunk's own: the map with which that stage ends (after the cut)."""
+        grid = self.features[self.main].grid
+        found: list[Feature] = []
+        for unit in self.profile.units[self.cut.index :]:
+            feature = unit.output
+            if feature is None or feature.grid == (1, 1):
+                continue
+            if feature.grid != grid:
+                grid = feature.grid
+                found.append(feature)
+            elif found:
+                found[-1] = feature
+        return found
+
+    @property
+    def ahead(self) -> Feature | None:
+        """The last map of the trunk's own stage after the cut, None if the stage ends here."""
+        grid = self.features[self.main].grid
+        last = None
+        for unit in self.profile.units[self.cut.index :]:
+            if unit.output is not None and unit.output.grid == grid:
+                last = unit.output
+            elif last is not None:
+                break
+        return last
+
+
+class Rule(ABC):
+    """A way to construct auxiliary networks and local losses, or a baseline that has none.
+
+    A rule is a dataclass-configured object: ``Config`` holds its options, whose names and defaults are what a user may
+    give as ``rule_options``.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    tasks: ClassVar[tuple[str, ...]]
+    local: ClassVar[bool] = True
+    """Whether the model is cut into blocks (False for the baselines)."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Config:
+        """No options."""
+
+    def __init__(self, options: Mapping[str, Any] | None = None) -> None:
+        self.config = read_config(self.name, self.Config, options or {})
+
+    def build(self, site: Site) -> nn.Module:
+        """The auxiliary network of a block: ``auxiliary(boundary, batch)`` gives what ``task.local_loss`` takes."""
+        raise ConfigError(f"The rule {self.name!r} trains the whole model at once and has no auxiliary networks.")
+
+    def running(self, model: nn.Module, profile: Profile) -> contextlib.AbstractContextManager[Any]:
+        """Entered around each forward pass of the model."""
+        return contextlib.nullcontext()
+
+    def after_step(self, auxiliary: nn.ModuleDict, model: nn.Module) -> None:
+        """Called after each step, when every block has been updated."""
+
+
+def read_config(rule: str, config: type[Any], options: Mapping[str, Any]) -> Any:
+    """The options as the rule's configuration.
+
+    Raises:
+        UnknownName: the rule has no such option.
+        ConfigError: a value of the wrong type; the configuration's own checks.
+    """
+    hints = typing.get_type_hints(config)
+    known = [field.name for field in dataclasses.fields(config)]
+    for name, value in options.items():
+        if name not in known:
+            raise UnknownName(f"option of the rule {rule!r}", name, known, "" if known else "It has no options.")
+        allowed = typing.get_args(hints[name]) or (hints[name],)
+        if typing.get_origin(hints[name]) is typing.Literal:
+            if value not in allowed:
+                raise ConfigError(f"{rule}.{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}.")
+            continue
+        numeric = float in allowed and isinstance(value, int) and not isinstance(value, bool)
+        wrong_bool = isinstance(value, bool) and bool not in allowed
+        if (not isinstance(value, allowed) and not numeric) or wrong_bool:
+            kinds = " or ".join("none" if t is type(None) else t.__name__ for t in allowed)
+            raise ConfigError(f"{rule}.{name} is {value!r}; it must be a {kinds}.")
+    return config(**options)

@@ -1,0 +1,332 @@
+"""GLCAN: Global-Local Collaborative Auxiliary Network (arXiv 2406.00446).
+
+The paper's text beyond its abstract was not at hand; this is our construction in its spirit (docs/rules/glcan.md says
+what is ours). The auxiliary network of a block has
+
+- a *local branch*: what the task needs of the block's own features, at their own scale;
+- a *global branch*: a macro-skeleton of the network that is still to come, one light unit for each remaining stage, with
+  the real network's down-sampling, so that the local loss sees the receptive field of the final head;
+- *collaboration*: both together go into a head of the task's own kind.
+
+Its input is reduced to the first remaining stage's resolution before anything is computed, and the width of the
+skeleton is solved for a compute budget.
+
+Shape letters: B batch, C channels, H x W map, N tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from glcan.errors import ConfigError
+from glcan.isolation import Boundary
+from glcan.profile import Feature
+from glcan.rules.base import Rule, Site
+from glcan.tasks.classification import Classification
+
+
+@dataclasses.dataclass(frozen=True)
+class _Level:
+    """One unit of the macro-skeleton: the map it gives, and the width of the real stage that it stands for."""
+
+    grid: tuple[int, int]
+    channels: int
+
+
+class GLCAN(Rule):
+    """Light auxiliary networks with a local and a global branch, within a compute budget."""
+
+    name: ClassVar[str] = "glcan"
+    summary: ClassVar[str] = "global-local collaborative auxiliary networks (arXiv 2406.00446; our construction)"
+    tasks: ClassVar[tuple[str, ...]] = ("classification",)
+
+    @dataclasses.dataclass(frozen=True)
+    class Config:
+        """Options.
+
+        Attributes:
+            budget: forward FLOPs of all auxiliary networks together, as a share of the model's.
+            use_local: the local branch.
+            use_global: the global branch.
+            width: channels of the skeleton's units as a share of the real stages'; none: solved for the budget.
+            unit: "conv" (a 3x3 convolution), or "backbone" (a full-width copy of the remaining stages' first units,
+                as earlier work has it; the budget does not apply).
+            momentum: after each step the copies become ``momentum * copy + (1 - momentum) * real unit``; needs
+                ``unit="backbone"``; none: no exchange.
+        """
+
+        budget: float = 0.10
+        use_local: bool = True
+        use_global: bool = True
+        width: float | None = None
+        unit: Literal["conv", "backbone"] = "conv"
+        momentum: float | None = None
+
+        def __post_init__(self) -> None:
+            if not 0 < self.budget <= 10:
+                raise ConfigError(f"glcan.budget is {self.budget}; it must lie in (0, 10], 0.1 for a tenth of the model.")
+            if not (self.use_local or self.use_global):
+                raise ConfigError("glcan.use_local and glcan.use_global are both off; leave at least one branch on.")
+            if self.width is not None and not 0 < self.width <= 4:
+                raise ConfigError(f"glcan.width is {self.width}; it must lie in (0, 4], 1 for the real stages' width.")
+            if self.momentum is not None and not 0 <= self.momentum < 1:
+                raise ConfigError(
+                    f"glcan.momentum is {self.momentum}; it must lie in [0, 1): 1 would freeze the copies for good."
+                )
+            if self.momentum is not None and (self.unit != "backbone" or not self.use_global):
+                raise ConfigError(
+                    "glcan.momentum exchanges weights with the real units, so it needs unit='backbone' and use_global=True."
+                )
+
+    config: Config
+
+    def build(self, site: Site) -> nn.Module:
+        if not isinstance(site.task, Classification):
+            raise ConfigError(f"The rule 'glcan' serves {', '.join(self.tasks)}, not {site.task.name!r}.")
+        assert site.task.classes is not None
+        feature = site.features[site.main]
+        skeleton: nn.Module | None = None
+        grid: tuple[int, int] | None = None
+        if self.config.use_global and self.config.unit == "backbone":
+            skeleton = _BackboneSkeleton(site)
+        elif self.config.use_global:
+            levels = skeleton_levels(site, feature)
+            grid = levels[0].grid
+            skeleton = self._skeleton(site, feature, levels)
+        return _ClassificationAuxiliary(
+            site.main, site.features, grid, self.config.use_local, skeleton, site.task.classes
+        )
+
+    def _skeleton(self, site: Site, feature: Feature, levels: list[_Level]) -> nn.Module:
+        share = self.config.budget * site.profile.flops / max(1, site.plan.blocks - 1)
+        if self.config.width is not None:
+            widths = _widths(levels, self.config.width)
+        else:
+            widths = fit_widths(feature.channels, levels, share / site.profile.batch)
+        return Skeleton(feature.channels, widths, _strides(levels))
+
+    def after_step(self, auxiliary: nn.ModuleDict, model: nn.Module) -> None:
+        if self.config.momentum is None:
+            return
+        for network in auxiliary.values():
+            skeleton = network.skeleton
+            assert isinstance(skeleton, _BackboneSkeleton)
+            skeleton.move_towards(model, self.config.momentum)
+
+
+def skeleton_levels(site: Site, feature: Feature) -> list[_Level]:
+    """The maps that the skeleton goes through: one for each remaining stage; in the last stage, that stage's own."""
+    to_come = site.to_come
+    if not to_come:
+        ahead = site.ahead or feature
+        h, w = feature.grid
+        # One unit at half the resolution: what is left of the stage changes no scale, and a map of it suffices.
+        grid = (math.ceil(h / 2), math.ceil(w / 2)) if min(h, w) > 4 else (h, w)
+        return [_Level(grid, ahead.channels)]
+    return [_Level(f.grid, f.channels) for f in to_come]
+
+
+def _strides(levels: list[_Level]) -> list[tuple[int, int]]:
+    strides = [(1, 1)]
+    for before, after in zip(levels, levels[1:], strict=False):
+        strides.append(
+            (max(1, round(before.grid[0] / after.grid[0])), max(1, round(before.grid[1] / after.grid[1])))
+        )
+    return strides
+
+
+def _widths(levels: list[_Level], share: float) -> list[int]:
+    """Channels of the skeleton's units: a share of the real stages', in multiples of 8, at least 8."""
+    return [max(8, 8 * round(level.channels * share / 8)) for level in levels]
+
+
+def skeleton_flops(channels: int, levels: list[_Level], widths: list[int]) -> int:
+    """Forward FLOPs per image of `Skeleton`: the 1x1 squeeze where it is, and a 3x3 convolution per level."""
+    h, w = levels[0].grid
+    flops, before = 0, channels
+    if widths[0] < channels:
+        flops += 2 * channels * widths[0] * h * w
+        before = widths[0]
+    for level, width in zip(levels, widths, strict=True):
+        flops += 2 * 9 * before * width * level.grid[0] * level.grid[1]
+        before = width
+    return flops
+
+
+def fit_widths(channels: int, levels: list[_Level], flops: float) -> list[int]:
+    """The widest skeleton (at most the real network's width) whose forward FLOPs per image fit."""
+    best = _widths(levels, 0.0)
+    for step in range(1, 65):
+        widths = _widths(levels, step / 64)
+        if skeleton_flops(channels, levels, widths) > flops:
+            break
+        best = widths
+    return best
+
+
+class Skeleton(nn.Module):
+    """Light units, one for each remaining stage.
+
+    Args:
+        channels: C of the input map [B, C, H, W].
+        widths, strides: of the 3x3 convolutions.
+    """
+
+    def __init__(self, channels: int, widths: list[int], strides: list[tuple[int, int]]) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        if widths[0] < channels:
+            layers += [nn.Conv2d(channels, widths[0], 1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU(inplace=True)]
+            channels = widths[0]
+        for width, stride in zip(widths, strides, strict=True):
+            layers += [
+                nn.Conv2d(channels, width, 3, stride, 1, bias=False),
+                nn.BatchNorm2d(width),
+                nn.ReLU(inplace=True),
+            ]
+            channels = width
+        self.units = nn.Sequential(*layers)
+        self.channels = channels
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, reduced: Tensor) -> Tensor:
+        """The map, reduced to (about) the first level's grid: [B, C, H, W] -> [B, channels]."""
+        return self.units(reduced).mean((2, 3))
+
+
+def reduce_to(feature_map: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Average pooling to (about) this grid; whole windows where the sizes divide, which is cheaper."""
+    h, w = feature_map.shape[-2:]
+    if h <= grid[0] and w <= grid[1]:
+        return feature_map
+    if h % grid[0] == 0 and w % grid[1] == 0:
+        return F.avg_pool2d(feature_map, (h // grid[0], w // grid[1]))
+    return F.adaptive_avg_pool2d(feature_map, grid)
+
+
+class _BackboneSkeleton(nn.Module):
+    """Full-width copies of the first unit of each remaining stage (of the next unit, in the last stage)."""
+
+    def __init__(self, site: Site) -> None:
+        super().__init__()
+        self.names = _stage_entries(site)
+        self.units = nn.ModuleList()
+        for name in self.names:
+            unit = copy.deepcopy(site.model.get_submodule(name))
+            self.units.append(unit)
+        last = site.profile.unit(self.names[-1]).output
+        assert last is not None
+        self.feature = last
+        self.channels = last.channels
+
+    def forward(self, tensor: Tensor) -> Tensor:
+        """The entering tensor in the model's own layout -> [B, channels]."""
+        value = tensor
+        for unit in self.units:
+            value = unit(value)
+        return as_map(value, self.feature).mean((2, 3))
+
+    @torch.no_grad()
+    def move_towards(self, model: nn.Module, momentum: float) -> None:
+        """copy = momentum * copy + (1 - momentum) * real unit."""
+        for name, unit in zip(self.names, self.units, strict=True):
+            real = dict(model.get_submodule(name).named_parameters())
+            for key, parameter in unit.named_parameters():
+                parameter.lerp_(real[key].to(parameter.dtype), 1 - momentum)
+
+
+def _stage_entries(site: Site) -> list[str]:
+    """The next unit, then the units (after the cut) at which the resolution or the width of the trunk changes."""
+    names: list[str] = []
+    entering = site.features[site.main]
+    at = (entering.grid, entering.channels)
+    for unit in site.profile.units[site.cut.index :]:
+        if unit.output is None or unit.output.grid == (1, 1) or len(unit.entering) != 1:
+            continue
+        takes = (unit.entering[0].grid, unit.entering[0].channels)
+        gives = (unit.output.grid, unit.output.channels)
+        if takes == at and gives != at:
+            names.append(unit.name)
+            at = gives
+    return names or [site.cut.name]
+
+
+class _ClassificationAuxiliary(nn.Module):
+    """Pooled local features and the skeleton's, joined and classified.
+
+    Every tensor that enters is read once, by the pooling that reduces it: so one gradient of its size is made on the
+    way back, and not one for each branch.
+    """
+
+    def __init__(
+        self,
+        main: int,
+        features: tuple[Feature, ...],
+        grid: tuple[int, int] | None,
+        local: bool,
+        skeleton: nn.Module | None,
+        classes: int,
+    ) -> None:
+        super().__init__()
+        self.main = main
+        self.features = features
+        self.grid = grid
+        self.skeleton = skeleton
+        channels = sum(f.channels for f in features) if local else 0
+        self.norm = nn.LayerNorm(channels) if local else None
+        self.head = nn.Linear(channels + (skeleton.channels if skeleton is not None else 0), classes)  # type: ignore[operator]
+
+    def forward(self, boundary: Boundary, batch: Any) -> Tensor:
+        """-> logits [B, classes]."""
+        joined: list[Tensor] = []
+        local: list[Tensor] = []
+        for i, (tensor, feature) in enumerate(zip(boundary.entering, self.features, strict=True)):
+            feature_map = as_map(tensor, feature)
+            if i == self.main and self.skeleton is not None:
+                if self.grid is None:
+                    joined.append(self.skeleton(tensor))
+                else:
+                    feature_map = reduce_to(feature_map, self.grid)
+                    joined.append(self.skeleton(feature_map))
+            if self.norm is not None:
+                mean = feature_map.mean((2, 3))
+                local.append(mean + tensor[:, : feature.prefix].mean(1) if feature.prefix else mean)
+        if self.norm is not None:
+            joined.append(self.norm(torch.cat(local, 1)))
+        return self.head(torch.cat(joined, 1))
+
+
+def as_map(tensor: Tensor, feature: Feature) -> Tensor:
+    """The tensor as a map [B, C, H, W] (a view). Batch and resolution may differ from the profile's.
+
+    Raises:
+        ConfigError: a token sequence whose length is no grid of the profile's shape.
+    """
+    if feature.layout == "BCHW":
+        return tensor
+    if feature.layout == "BHWC":
+        return tensor.permute(0, 3, 1, 2)
+    if feature.layout == "BNC":
+        tokens = tensor.shape[1] - feature.prefix
+        h, w = feature.grid
+        if tokens != h * w:
+            scale = math.sqrt(tokens / (h * w))
+            h, w = round(h * scale), round(w * scale)
+            if h * w != tokens:
+                raise ConfigError(
+                    f"{tokens} tokens are no grid with the sides of {feature.grid}, which the learner was built for; "
+                    "train with images of the sample's aspect ratio."
+                )
+        return tensor[:, feature.prefix :].transpose(1, 2).unflatten(2, (h, w))
+    if feature.layout == "BC":
+        return tensor[:, :, None, None]
+    return tensor.flatten(1, -2).mean(1)[:, :, None, None]

@@ -1,0 +1,29 @@
+"""The tasks there are: one file each, one line here."""
+
+from __future__ import annotations
+
+from glcan.errors import UnknownName
+from glcan.tasks.base import Task
+from glcan.tasks.classification import Classification
+
+TASKS: dict[str, type[Task]] = {task.name: task for task in (Classification,)}
+
+__all__ = ["TASKS", "Classification", "Task", "create", "names"]
+
+
+def names() -> list[str]:
+    """The names that `create` takes."""
+    return sorted(TASKS)
+
+
+def create(task: str | Task) -> Task:
+    """The task of this name, or the task itself.
+
+    Raises:
+        UnknownName: no task has this name.
+    """
+    if isinstance(task, Task):
+        return task
+    if task not in TASKS:
+        raise UnknownName("task", task, names())
+    return TASKS[task]()

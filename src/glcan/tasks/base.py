@@ -1,0 +1,37 @@
+"""What a task has to say to be learned block by block."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+
+class Task(ABC):
+    """What is learned: how a batch becomes the model's arguments, and how outputs become losses.
+
+    A batch is the tuple given to ``learner.backward(*batch)``. Rules read a task's attributes to build heads of its
+    kind; `local_loss` turns what such a head gives into the block's loss.
+    """
+
+    name: ClassVar[str]
+
+    def arguments(self, batch: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The model's positional and keyword arguments; by default the first item of the batch."""
+        return (batch[0],), {}
+
+    def prepare(self, shapes: tuple[tuple[int, ...], ...], batch: tuple[Any, ...]) -> None:
+        """Checks the sample against the shapes of the model's outputs, and keeps what heads need to know.
+
+        Raises:
+            GlcanError: the sample does not fit the task or the model.
+        """
+
+    @abstractmethod
+    def loss(self, output: Any, batch: tuple[Any, ...]) -> Tensor:
+        """The last block's loss, from the model's own output."""
+
+    @abstractmethod
+    def local_loss(self, prediction: Any, batch: tuple[Any, ...]) -> Tensor:
+        """An earlier block's loss, from its auxiliary network's prediction."""

@@ -1,0 +1,87 @@
+"""Image classification: images [B, C, H, W] and labels [B]."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from glcan.errors import ConfigError, DataError
+from glcan.tasks.base import Task
+
+
+class Classification(Task):
+    """Cross-entropy over classes, for the model's logits and for every auxiliary network's.
+
+    A batch is ``(images, labels)``: labels [B] with class indices, or [B, classes] with probabilities (mixup). The
+    model may return logits [B, classes], or an object or dict that holds them as ``logits``.
+
+    Args:
+        label_smoothing: in [0, 1).
+        criterion: ``criterion(logits, labels) -> scalar`` in place of cross-entropy, for every block.
+        classes: number of classes; taken from the model's output when left out.
+    """
+
+    name: ClassVar[str] = "classification"
+
+    def __init__(
+        self,
+        label_smoothing: float = 0.0,
+        criterion: Callable[[Tensor, Tensor], Tensor] | None = None,
+        classes: int | None = None,
+    ) -> None:
+        if not 0 <= label_smoothing < 1:
+            raise ConfigError(f"label_smoothing is {label_smoothing}; it must lie in [0, 1), 0.1 for example.")
+        self.label_smoothing = label_smoothing
+        self.criterion = criterion
+        self.classes = classes
+
+    def prepare(self, shapes: tuple[tuple[int, ...], ...], batch: tuple[Any, ...]) -> None:
+        if len(batch) != 2:
+            raise ConfigError(f"A classification batch is (images, labels); this one has {len(batch)} items.")
+        if self.classes is None:
+            flat = [shape for shape in shapes if len(shape) == 2]
+            if not flat:
+                raise ConfigError(
+                    f"The model returns tensors of shapes {list(shapes)}; classification needs logits [batch, classes]. "
+                    "Give Classification(classes=N, criterion=...) if it returns them in another form."
+                )
+            self.classes = flat[0][1]
+        labels = batch[1]
+        if not labels.is_floating_point() and labels.numel() and not isinstance(labels, FakeTensor):
+            low, high = int(labels.min()), int(labels.max())
+            if low < 0 or high >= self.classes:
+                raise DataError(
+                    f"A label is {low if low < 0 else high}, but the model gives {self.classes} classes, so labels must "
+                    f"lie in 0 ... {self.classes - 1}. Give the model as many classes as the data has."
+                )
+
+    def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        if self.criterion is not None:
+            return self.criterion(logits, labels)
+        return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+
+    @staticmethod
+    def logits(output: Any) -> Tensor:
+        """The logits [B, classes] in whatever the model returned."""
+        if isinstance(output, Tensor):
+            return output
+        if isinstance(output, dict) and "logits" in output:
+            return output["logits"]
+        if hasattr(output, "logits"):
+            return output.logits
+        if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
+            return output[0]
+        raise ConfigError(
+            f"The model returned {type(output).__name__}; classification needs logits [batch, classes], alone, first in "
+            "a tuple, or as .logits. Wrap the model so that it returns them."
+        )
+
+    def loss(self, output: Any, batch: tuple[Any, ...]) -> Tensor:
+        return self._cross_entropy(self.logits(output), batch[1])
+
+    def local_loss(self, prediction: Tensor, batch: tuple[Any, ...]) -> Tensor:
+        return self._cross_entropy(prediction, batch[1])

@@ -1,0 +1,104 @@
+"""Checkpoints: written atomically, read without running code, with every random generator's state."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import random
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from glcan.errors import CheckpointError
+
+FORMAT = 1
+_KEYS = {"format", "config", "learner", "rng", "progress", "history"}
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` fill a temporary file beside ``path``, then put it in place: readers see the old or the new file.
+
+    The data is on the disk before the name changes, so that a power cut leaves one of the two as well.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if os.name == "posix":
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Write a checkpoint atomically; ``state`` holds config, learner, rng, progress and history."""
+    write_atomically(path, lambda temporary: torch.save({"format": FORMAT, **state}, temporary))
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU, without running code from it.
+
+    Raises:
+        CheckpointError: the file is damaged, is no checkpoint of glcan, or comes from another version.
+    """
+    remedy = "Restore the file from a copy, or start again with another --out."
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch.load does not compare the checksums, so a flipped bit would pass
+            broken = archive.testzip()
+        if broken is not None:
+            raise zipfile.BadZipFile(f"wrong checksum of {broken}")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise CheckpointError(f"Checkpoint {path} is damaged ({reason[0]}). {remedy}") from None
+    if not isinstance(state, dict) or not state.keys() >= _KEYS:
+        raise CheckpointError(f"{path} is not a checkpoint of glcan. {remedy}")
+    if state["format"] != FORMAT:
+        raise CheckpointError(
+            f"Checkpoint {path} has format {state['format']}, this version of glcan reads {FORMAT}. "
+            "Resume with the version that wrote it (see environment in config.json)."
+        )
+    return state
+
+
+def rng_state(device: torch.device) -> dict[str, Any]:
+    """State of the random generators of torch (CPU and the device's), numpy and python, in plain types."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # type: ignore[misc]
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        "numpy": (str(kind), torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(gauss)),
+        "python": random.getstate(),
+    }
+
+
+def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
+    """Put back what `rng_state` returned."""
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"], device)
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    random.setstate(state["python"])
+
+
+@contextmanager
+def preserved_rng(device: torch.device) -> Iterator[None]:
+    """Leave every random generator as it was: for evaluation and for data loaders, which draw seeds for workers."""
+    state = rng_state(device)
+    try:
+        yield
+    finally:
+        set_rng_state(state, device)

@@ -1,0 +1,220 @@
+"""The configuration of one run: every setting, its unit, its constraint, and the recipes that fill it."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
+
+from glcan.errors import ConfigError, UnknownName
+
+#: Fields that say where a run happens, not what it computes. They alone may differ when a run is resumed.
+PLACE_FIELDS = frozenset({"data_root", "download", "device", "workers"})
+
+#: Blocks of a rule when neither blocks nor cuts are given; the baselines train in one.
+DEFAULT_BLOCKS = 4
+
+
+class RunConfig(BaseModel):
+    """Everything that determines a run. Unknown fields and values out of range raise `ConfigError`.
+
+    The same names serve everywhere: as keyword here, as key in a TOML recipe, and as ``--flag`` of the command line.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    model: str = "cifar_resnet20"
+    """Model: a glcan name (cifar_resnet32), torchvision/NAME, timm/NAME, or package.module:factory for your own."""
+    model_options: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments for the model's constructor."""
+    task: Literal["classification"] = "classification"
+    """What is learned."""
+
+    data: str = "digits"
+    """Data set: a name that `glcan data` lists; imagefolder, with --data-root, for images of your own."""
+    data_root: Path | None = None
+    """Folder that holds the data set; default: where `glcan data` finds it."""
+    image_size: int | None = Field(default=None, ge=1)
+    """Side length of the images that the model gets, in pixels; default: the data set's (`glcan data`)."""
+    val: int | float = Field(default=0, ge=0)
+    """Validation images split off the training images: a count, or a fraction below 1; 0 for none."""
+    limit: int | None = Field(default=None, ge=1)
+    """Use at most this many training images; default: all."""
+    skip_corrupt: bool = False
+    """Leave out image files that cannot be read, where the default is to stop at the first one."""
+    download: bool = False
+    """Download the data set where torchvision can and it is not found."""
+
+    rule: str = "glcan"
+    """How the blocks learn: a rule (glcan), or a baseline (e2e, checkpoint, checkpoint-sqrt); see `glcan methods`."""
+    blocks: int | None = Field(default=None, ge=1)
+    """Number of gradient-isolated blocks; 1 is plain back-propagation; default: 4."""
+    cuts: list[str] | None = None
+    """Names of the units at which a new block begins, in the order of execution, in place of --blocks."""
+    units: list[str] | None = None
+    """Names of the modules that are never cut inside; default: found from the model."""
+    rule_options: dict[str, Any] = Field(default_factory=dict)
+    """Options of the rule, for example momentum or width of glcan."""
+
+    epochs: int = Field(default=20, ge=1)
+    """Passes over the training images."""
+    batch: int = Field(default=64, ge=1)
+    """Images per optimizer step."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """Optimizer, one per block."""
+    lr: float = Field(default=0.1, gt=0, allow_inf_nan=False)
+    """Peak learning rate, reached at the end of the warm-up."""
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    """Momentum of SGD; AdamW has its own betas (0.9, 0.999)."""
+    nesterov: bool = True
+    """Nesterov's variant of the momentum of SGD."""
+    weight_decay: float = Field(default=1e-4, ge=0, allow_inf_nan=False)
+    """Weight decay on every parameter, auxiliary ones included."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the target's probability that is spread over all classes, in every block's loss."""
+    schedule: Literal["cosine", "onecycle"] = "cosine"
+    """Learning rate over the steps: cosine to 0 after a linear warm-up, or one cycle (lr/25 to lr to lr/250000)."""
+    warmup_epochs: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    """Epochs of rising learning rate; default: one, but at most a tenth of the run; 30 % of the run with onecycle."""
+    clip_norm: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Largest gradient norm of a block, larger ones are scaled down; default: no limit."""
+
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic: fp32, or bf16 autocast with fp32 weights."""
+    channels_last: bool = False
+    """Memory layout NHWC for convolutional models, faster on GPUs together with bf16."""
+    device: str = "auto"
+    """Where to train: auto (the first GPU, else the CPU), cpu, cuda, cuda:1, ..."""
+    workers: int = Field(default=0, ge=0)
+    """Processes that load images; 0 loads them in the training process."""
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    """Seed of the weights, the order of the images, their augmentation and the validation split."""
+    deterministic: bool = False
+    """Use deterministic algorithms alone, so that a run on a GPU repeats bit for bit too (slower)."""
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _as_config_error(cls, values: Any, handler: Any) -> RunConfig:
+        try:
+            return handler(values)
+        except ValidationError as error:
+            lines = [_line(cls, details) for details in error.errors()]
+            raise ConfigError("\n".join(lines)) from None
+
+    @field_validator("val")
+    @classmethod
+    def _fraction_below_one(cls, value: int | float) -> int | float:
+        if isinstance(value, float) and value.is_integer():
+            return int(value)
+        if value > 1 and isinstance(value, float):
+            raise ValueError("a fraction must be below 1; give a whole number for a count of images")
+        return value
+
+    @field_validator("device")
+    @classmethod
+    def _known_device(cls, value: str) -> str:
+        if value != "auto":
+            try:
+                torch.device(value)
+            except RuntimeError:
+                raise ValueError("must be auto, cpu, cuda, cuda:N or another device that torch knows") from None
+        return value
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> RunConfig:
+        if self.cuts is not None and self.blocks is not None and self.blocks != len(self.cuts) + 1:
+            raise ConfigError(
+                f"blocks = {self.blocks} contradicts {len(self.cuts)} cuts, which make {len(self.cuts) + 1} blocks; "
+                "give one of the two."
+            )
+        if self.optimizer == "sgd" and self.nesterov and self.momentum == 0:
+            raise ConfigError("nesterov = true needs momentum above 0; set --momentum 0.9 or --no-nesterov.")
+        if self.warmup_epochs is not None and self.warmup_epochs >= self.epochs:
+            raise ConfigError(
+                f"warmup_epochs = {self.warmup_epochs:g} must be less than epochs = {self.epochs}; "
+                "lower --warmup-epochs or raise --epochs."
+            )
+        return self
+
+    @property
+    def warmup(self) -> float:
+        """Epochs of warm-up, the default filled in."""
+        if self.warmup_epochs is not None:
+            return self.warmup_epochs
+        return 0.3 * self.epochs if self.schedule == "onecycle" else min(1.0, self.epochs / 10)
+
+    def differences(self, other: RunConfig) -> dict[str, tuple[Any, Any]]:
+        """Fields, those of place excepted, in which two configurations differ: {name: (own, other's)}."""
+        return {
+            name: (getattr(self, name), getattr(other, name))
+            for name in type(self).model_fields
+            if name not in PLACE_FIELDS and getattr(self, name) != getattr(other, name)
+        }
+
+
+def flag(name: str) -> str:
+    """The command line's name of a field: ``weight_decay`` is ``--weight-decay``, ``rule_options`` ``--rule-option``."""
+    if name == "task":
+        return "TASK"
+    return "--" + name.removesuffix("s" if name.endswith("_options") else "").replace("_", "-")
+
+
+def _line(cls: type[RunConfig], details: ErrorDetails) -> str:
+    """One line on one wrong field: value, constraint, remedy."""
+    name = str(details["loc"][0]) if details["loc"] else ""
+    if details["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(name, cls.model_fields, n=3, cutoff=0.5)
+        remedy = f"did you mean {', '.join(near)}?" if near else f"the settings are: {', '.join(cls.model_fields)}."
+        return f"{name} = {details['input']!r}: there is no such setting; {remedy}"
+    constraint = details["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    field = cls.model_fields[name]
+    default = field.get_default(call_default_factory=True)
+    return f"{name} = {details['input']!r}: {constraint}; set {flag(name)} or leave it out (default {default!r})."
+
+
+def recipe_folder() -> Path:
+    """Where the recipes lie: in the installed package, or at the top of the source tree."""
+    installed = Path(str(resources.files("glcan"))) / "recipes"
+    return installed if installed.is_dir() else Path(__file__).resolve().parents[3] / "recipes"
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with glcan."""
+    return sorted(path.stem for path in recipe_folder().glob("*.toml"))
+
+
+def read_recipe(name_or_path: str | Path) -> dict[str, Any]:
+    """The settings in a recipe, unchecked: a name from `recipe_names()`, or the path of a TOML file.
+
+    Raises:
+        UnknownName: no recipe of this name, and no file.
+        ConfigError: the file is no TOML.
+    """
+    path = Path(name_or_path)
+    if path.suffix != ".toml" and len(path.parts) == 1:
+        path = recipe_folder() / f"{name_or_path}.toml"
+    if not path.is_file():
+        raise UnknownName("recipe", str(name_or_path), recipe_names(), "A recipe of your own is given as PATH.toml.")
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"Recipe {path} is not valid TOML: {error}. Correct the file.") from None
+
+
+def load_recipe(name_or_path: str | Path, **overrides: Any) -> RunConfig:
+    """A recipe as configuration; ``overrides`` replace single fields.
+
+    Raises:
+        UnknownName: no recipe of this name, and no file.
+        ConfigError: no valid TOML, or settings that cannot work.
+    """
+    try:
+        return RunConfig(**(read_recipe(name_or_path) | overrides))
+    except ConfigError as error:
+        raise ConfigError(f"Recipe {name_or_path}:\n{error}") from None

@@ -1,0 +1,81 @@
+"""Metrics of a model on one split of a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from glcan.errors import DataError
+from glcan.training.checkpoint import preserved_rng
+
+if TYPE_CHECKING:
+    from glcan.data import ImageData
+
+
+def evaluate(
+    model: nn.Module,
+    data: ImageData,
+    split: str = "test",
+    *,
+    batch: int = 256,
+    autocast: torch.dtype | None = None,
+    channels_last: bool = False,
+    workers: int = 0,
+    each_batch: Callable[[], object] | None = None,
+) -> dict[str, float]:
+    """Metrics of a classifier, in evaluation mode, on the device where the model is.
+
+    The model's training mode and every random generator are left as they were.
+
+    Args:
+        model: images [B, C, H, W] to scores [B, number of classes].
+        data: a data set with at least one image in ``split``.
+        split: "train", "val" or "test".
+        batch: images at a time.
+        autocast: None, or the type of the autocast arithmetic.
+        channels_last: whether images are given in the layout NHWC.
+        workers: processes that load images.
+        each_batch: called after each batch.
+
+    Returns:
+        ``accuracy`` and, with more than 5 classes, ``accuracy_top5``, as fractions; ``loss``, the mean cross-entropy
+        in nats.
+
+    Raises:
+        DataError: the split is empty.
+    """
+    from torchmetrics import MetricCollection
+    from torchmetrics.classification import MulticlassAccuracy
+
+    if data.size(split) == 0:
+        raise DataError(f"Data set {data.name!r} has no images in its {split!r} split. Choose another --split.")
+    device = next(model.parameters()).device
+    classes = len(data.classes)
+    top_k = {"accuracy": 1} | ({"accuracy_top5": 5} if classes > 5 else {})
+    accuracy = MetricCollection(
+        {name: MulticlassAccuracy(classes, top_k=k, average="micro", validate_args=False) for name, k in top_k.items()},
+        compute_groups=False,
+    ).to(device)
+    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    training = model.training
+    model.eval()
+    try:
+        with preserved_rng(device), torch.inference_mode():
+            for images, labels in data.loader(split, batch, workers=workers, device=device):
+                images = images.to(device, memory_format=layout)
+                labels = labels.to(device)
+                with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+                    scores = model(images)
+                scores = scores.float()
+                accuracy.update(scores, labels)
+                loss_sum += nn.functional.cross_entropy(scores, labels, reduction="sum")
+                if each_batch is not None:
+                    each_batch()
+            results = accuracy.compute() | {"loss": loss_sum / data.size(split)}
+    finally:
+        model.train(training)
+    return {name: float(value) for name, value in results.items()}

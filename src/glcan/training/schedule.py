@@ -1,0 +1,38 @@
+"""Learning-rate schedules as pure functions of the step: what a resumed run needs, and nothing to save."""
+
+from __future__ import annotations
+
+import math
+
+from glcan.training.config import RunConfig
+
+# One-cycle (Smith and Topin, arXiv 1708.07120), with the numbers of torch.optim.lr_scheduler.OneCycleLR.
+_ONECYCLE_START = 1 / 25
+_ONECYCLE_END = 1 / 25 / 1e4
+
+
+def learning_rate(config: RunConfig, step: int, steps_per_epoch: int) -> float:
+    """Learning rate of one optimizer step.
+
+    Args:
+        config: its ``lr`` (the peak), ``schedule``, ``warmup`` and ``epochs``.
+        step: 0 for the first step of the run.
+        steps_per_epoch: optimizer steps in an epoch.
+
+    Returns:
+        Above 0 at every step from 0 to ``epochs * steps_per_epoch - 1``.
+    """
+    total = config.epochs * steps_per_epoch
+    warmup = config.warmup * steps_per_epoch
+    if config.schedule == "onecycle":
+        if step < warmup:
+            return config.lr * _between(_ONECYCLE_START, 1.0, step / warmup)
+        return config.lr * _between(1.0, _ONECYCLE_END, (step - warmup) / (total - warmup))
+    if step < warmup:
+        return config.lr * (step + 1) / (math.floor(warmup) + 1)
+    return config.lr * _between(1.0, 0.0, (step - warmup) / (total - warmup))
+
+
+def _between(start: float, end: float, share: float) -> float:
+    """From start to end along half a cosine."""
+    return end + (start - end) * (1 + math.cos(math.pi * share)) / 2

@@ -1,0 +1,185 @@
+"""What a run leaves behind, and that it says what it did."""
+
+import json
+import os
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from glcan.errors import CheckpointError, DataError
+from glcan.training import (
+    Summary,
+    build,
+    environment,
+    evaluate,
+    load_data,
+    load_model,
+    load_weights,
+    read_metrics,
+    train,
+)
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    return tmp_path_factory.mktemp("run")
+
+
+@pytest.fixture
+def summary(tiny, out) -> Summary:
+    """The summary of one run, trained once for this module."""
+    return train(tiny(), out, resume=True, progress=False)
+
+
+def test_files(summary, out):
+    names = {"config.json", "metrics.jsonl", "tensorboard", "checkpoint.pt", "model.safetensors", "summary.json"}
+    assert {path.name for path in out.iterdir()} - {".lock"} == names
+
+
+def test_summary(summary, out, tiny):
+    written = json.loads((out / "summary.json").read_text())
+    assert written == summary.model_dump(mode="json")
+    assert summary.config == tiny()
+    assert (summary.metric.name, summary.metric.unit) == ("accuracy", "fraction")
+    assert [metric.name for metric in summary.metrics] == ["accuracy", "accuracy_top5", "loss"]
+    assert 0 <= summary.metric.value <= summary.metrics[1].value <= 1
+    assert len(summary.val_metrics) == 3
+    assert (summary.blocks, len(summary.cuts), summary.steps, summary.seed) == (2, 1, 9, 0)
+    assert summary.parameters == sum(p.numel() for p in load_model(out).parameters())
+    assert summary.auxiliary_parameters > 0
+    assert summary.classes == [str(digit) for digit in range(10)]
+    assert summary.peak_bytes is None  # no CUDA
+    assert 0 < summary.train_seconds < summary.wall_seconds
+    assert summary.environment["versions"]["torch"] == torch.__version__
+
+
+def test_metrics(summary, out):
+    records = read_metrics(out)
+    assert [record["epoch"] for record in records] == [1, 2, 3]
+    assert [record["step"] for record in records] == [3, 6, 9]
+    assert all(record["train_loss"].keys() == {"block1", "block2"} for record in records)
+    assert all("val_accuracy" in record for record in records)
+    assert ["test_accuracy" in record for record in records] == [False, False, True]  # test data is used once
+    assert records[-1]["test_accuracy"] == summary.metric.value
+
+
+def test_tensorboard(summary, out):
+    events = EventAccumulator(str(out / "tensorboard")).Reload()
+    records = read_metrics(out)
+    for tag, values in (
+        ("val_accuracy", [record["val_accuracy"] for record in records]),
+        ("train_loss/block1", [record["train_loss"]["block1"] for record in records]),
+    ):
+        assert [event.step for event in events.Scalars(tag)] == [1, 2, 3]
+        assert [event.value for event in events.Scalars(tag)] == pytest.approx(values)
+
+
+def test_evaluation_of_the_saved_weights_equals_the_summary(summary, out):
+    model = load_model(out)
+    assert not model.training
+    metrics = evaluate(model, load_data(summary.config), batch=summary.config.batch)
+    assert metrics == {metric.name: metric.value for metric in summary.metrics}
+
+
+def test_the_weights_are_the_learners(summary, out):
+    state = torch.load(out / "checkpoint.pt", weights_only=True)["learner"]["model"]
+    weights = load_model(out).state_dict()
+    assert state.keys() == weights.keys()
+    assert all(torch.equal(state[name], weights[name]) for name in weights)
+
+
+def test_build_begins_with_the_weights_of_the_seed_for_every_rule(tiny):
+    data = load_data(tiny())
+    states = [build(tiny(rule=rule), data).model.state_dict() for rule in ("glcan", "e2e", "checkpoint")]
+    other = build(tiny(seed=1), data).model.state_dict()
+    for name, tensor in states[0].items():
+        assert all(torch.equal(tensor, state[name]) for state in states[1:])
+    assert any(not torch.equal(tensor, other[name]) for name, tensor in states[0].items())
+
+
+def test_label_smoothing_reaches_the_loss(tiny):
+    data = load_data(tiny())
+    images, labels = next(iter(data.loader("train", 32)))
+    plain, smooth = (build(tiny(rule="e2e", label_smoothing=s, seed=3), data) for s in (0.0, 0.5))
+    torch.manual_seed(0)
+    first = plain.backward(images, labels)
+    torch.manual_seed(0)
+    assert not torch.equal(first["block1"], smooth.backward(images, labels)["block1"])
+
+
+def test_evaluate_agrees_with_counting_and_leaves_no_trace(tiny):
+    data = load_data(tiny())
+    model = build(tiny(rule="e2e"), data).model.train()
+    before, rng = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
+    metrics = evaluate(model, data, "test", batch=100)
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    model.eval()
+    with torch.no_grad():
+        batches = [(model(images), labels) for images, labels in data.loader("test", 359)]
+    scores, labels = batches[0]
+    ranks = (scores > scores.gather(1, labels[:, None])).sum(1)
+    assert metrics["accuracy"] == pytest.approx(float((ranks < 1).float().mean()))
+    assert metrics["accuracy_top5"] == pytest.approx(float((ranks < 5).float().mean()))
+    assert metrics["loss"] == pytest.approx(float(torch.nn.functional.cross_entropy(scores, labels)), rel=1e-5)
+
+
+def test_evaluate_on_an_empty_split(tiny):
+    config = tiny(val=0)
+    data = load_data(config)
+    with pytest.raises(DataError, match="no images in its 'val' split"):
+        evaluate(build(config, data).model, data, "val")
+
+
+def test_without_validation_images(tiny, tmp_path):
+    summary = train(tiny(val=0, epochs=1), tmp_path, progress=False)
+    assert summary.val_metrics == []
+    assert not any(name.startswith("val") for name in read_metrics(tmp_path)[0])
+
+
+def test_deterministic_is_put_back(tiny, tmp_path, monkeypatch):
+    monkeypatch.setitem(os.environ, "CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    train(tiny(epochs=1, deterministic=True), tmp_path, progress=False)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+def test_weights_of_another_model(tiny, tmp_path, suffix):
+    from safetensors.torch import save_model
+
+    data = load_data(tiny())
+    model, other = (build(tiny(rule="e2e", model=name), data).model for name in ("tiny_model:tiny", "cifar_resnet20"))
+    path = tmp_path / f"weights.{suffix}"
+    if suffix == "pt":
+        torch.save(other.state_dict(), path)
+    else:
+        save_model(other, str(path))
+    with pytest.raises(CheckpointError, match="do not fit the model Sequential"):
+        load_weights(model, path)
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_weights(model, path)
+    with pytest.raises(CheckpointError, match="no weights at"):
+        load_weights(model, tmp_path / "missing.safetensors")
+
+
+def test_lines_of_progress(tiny, tmp_path, capsys):
+    train(tiny(), tmp_path / "shown")
+    train(tiny(epochs=1), tmp_path / "silent", progress=False)
+    captured = capsys.readouterr()
+    lines = captured.err.splitlines()
+    assert len(lines) == 3
+    assert lines[0].startswith("epoch 1/3  lr 0.04")
+    assert "val accuracy" in lines[0]
+    assert "ETA" in lines[0]
+    assert "test accuracy" in lines[2]
+    assert captured.out == ""
+
+
+def test_environment():
+    values = environment()
+    json.dumps(values)
+    assert values["versions"]["glcan"]
+    assert values["cpu"]
