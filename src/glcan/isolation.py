@@ -11,6 +11,9 @@ glue between units is intercepted.
 
 What the mode cannot see, because PyTorch does not show it: a custom `torch.autograd.Function` applied in the glue, and
 older tensors that a unit takes from somewhere else than its arguments. `leaked_parameters` finds both.
+
+Activation checkpointing (non-reentrant) may stand inside a unit, around a unit, or around a chain of units with a cut
+in it: a recomputed unit is put into the block that it ran in.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -158,7 +162,7 @@ class Isolation(TorchFunctionMode):
         self.cuts = tuple(cuts)
         self.on_boundary = on_boundary
         self.held = {cut: frozenset(numbers) for cut, numbers in (held or {}).items()}
-        self.block = 0
+        self._before: dict[str, tuple[bool, Any]] = {}
         self._reset()
 
     def _reset(self) -> None:
@@ -167,14 +171,16 @@ class Isolation(TorchFunctionMode):
         self._number = 0
         self._replaying = False
         self._inside = 0  # depth of units in which the mode could not be taken off the stack
+        self._ran: dict[str, set[int]] = defaultdict(set)  # the blocks that each unit ran in
         self._kept: dict[int, Tensor] = {}
         self._keep: frozenset[int] = frozenset().union(*self.held.values())
 
     # -- entering and leaving ------------------------------------------------------------------------------------
 
     def __enter__(self) -> Isolation:
+        if self._before:
+            raise RuntimeError("This Isolation is already entered; a run inside a run needs an Isolation of its own.")
         self._reset()
-        self._before: dict[str, tuple[bool, Any]] = {}
         try:
             for name, module in self.modules.items():
                 self._before[name] = ("forward" in module.__dict__, module.__dict__.get("forward"))
@@ -204,11 +210,12 @@ class Isolation(TorchFunctionMode):
     @contextlib.contextmanager
     def replay(self) -> Iterator[None]:
         """While this is open, unit calls are recomputations (activation checkpointing), not steps forward."""
-        before, self._replaying = self._replaying, True
+        before = self._replaying, self.block
+        self._replaying = True
         try:
             yield
         finally:
-            self._replaying = before
+            self._replaying, self.block = before
 
     @contextlib.contextmanager
     def _suspended(self) -> Iterator[None]:
@@ -243,18 +250,27 @@ class Isolation(TorchFunctionMode):
 
     def _outgoing(self, value: Any) -> None:
         for tensor in tensors_in(value):
+            # Every tensor has a number, so that numbers do not depend on what needs a gradient, hence on the cuts.
+            if not self._replaying:
+                self._number += 1
             if tensor.requires_grad and not isinstance(tensor, nn.Parameter):
-                self._tag(tensor)
+                self._tag(tensor, self._number)
 
-    def _tag(self, tensor: Tensor) -> None:
-        tag = getattr(tensor, _TAG, None)
-        if tag is not None and tag.run is self._run and tag.block == self.block:
-            return  # an in-place operation, or a unit that returns its input
-        number = self._number
-        self._number += 1
+    def _tag(self, tensor: Tensor, number: int) -> None:
+        if self._replaying:
+            if self._is_new(tensor):
+                setattr(tensor, _TAG, _Tag(self._run, self.block, -1))
+            return
         setattr(tensor, _TAG, _Tag(self._run, self.block, number))
         if number in self._keep:
             self._kept[number] = tensor
+        base = tensor._base  # a buffer that was written into through this view needs a gradient from now on
+        if base is not None and base.grad_fn is not None and self._is_new(base):
+            setattr(base, _TAG, _Tag(self._run, self.block, -1))
+
+    def _is_new(self, tensor: Tensor) -> bool:
+        tag = getattr(tensor, _TAG, None)
+        return tag is None or tag.run is not self._run
 
     # -- the two places where operations are seen: the glue, and the units ------------------------------------------
 
@@ -275,35 +291,40 @@ class Isolation(TorchFunctionMode):
             if self._inside:
                 return forward(*args, **kwargs)
             if self._replaying:
-                args, kwargs = self._incoming((args, kwargs))
-                with self._suspended():
-                    return forward(*args, **kwargs)
+                if len(self._ran[name]) == 1:
+                    (self.block,) = self._ran[name]
+                return self._run_unit(forward, args, kwargs)
             if self.block < len(self.cuts) and name == self.cuts[self.block]:
                 self._cross(name, args, kwargs)
+            self._ran[name].add(self.block)
             return self._call(name, forward, args, kwargs)
 
         return unit
 
     def _call(self, name: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        args, kwargs = self._incoming((args, kwargs))
+        return self._run_unit(forward, args, kwargs)
+
+    def _run_unit(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         with self._suspended():
+            args, kwargs = self._incoming((args, kwargs))
             out = forward(*args, **kwargs)
-        self._outgoing(out)
+            self._outgoing(out)
         return out
 
     def _cross(self, cut: str, args: Any, kwargs: Any) -> None:
         entering: dict[int, Tensor] = {}
-        for tensor in tensors_in((args, kwargs)):
-            own = self.twin(tensor)
-            if own.requires_grad and not isinstance(own, nn.Parameter):
-                entering[id(own)] = own
+        with self._suspended():
+            for tensor in tensors_in((args, kwargs)):
+                own = self.twin(tensor)
+                if own.requires_grad and not isinstance(own, nn.Parameter):
+                    entering[id(own)] = own
         skipping = {id(t): t for n in sorted(self.held.get(cut, ())) if (t := self._of_this_block(n)) is not None}
         boundary = Boundary(
             self.block, cut, tuple(entering.values()), tuple(t for i, t in skipping.items() if i not in entering)
         )
         del entering, skipping
         if self.on_boundary is not None:
-            with self.replay():
+            with self.replay(), _outside_of_checkpoints():
                 self.on_boundary(boundary)
         self.block += 1
         later = self.cuts[self.block :]
@@ -313,6 +334,27 @@ class Isolation(TorchFunctionMode):
     def _of_this_block(self, number: int) -> Tensor | None:
         tensor = self._kept.get(number)
         return tensor if tensor is not None and getattr(tensor, _TAG).block == self.block else None
+
+
+@contextlib.contextmanager
+def _outside_of_checkpoints() -> Iterator[None]:
+    """Tensors are saved for backward as they are, although this runs inside of a function that is checkpointed.
+
+    A model may checkpoint around the unit at which a cut stands. What the callback saves there must not count as the
+    unit's: it would be dropped, and looked for in the unit's recomputation.
+    """
+    autograd = torch._C._autograd  # type: ignore[attr-defined]
+    dropped = []
+    while hooks := autograd._top_saved_tensors_default_hooks(False):
+        if getattr(hooks[0], "__module__", "") != "torch.utils.checkpoint":
+            break  # the user's own, such as save_on_cpu
+        autograd._pop_saved_tensors_default_hooks()
+        dropped.append(hooks)
+    try:
+        yield
+    finally:
+        for hooks in reversed(dropped):
+            autograd._push_saved_tensors_default_hooks(*hooks)
 
 
 def check_units(model: nn.Module, units: Sequence[str]) -> dict[str, nn.Module]:
@@ -350,7 +392,7 @@ def leaked_parameters(loss: Tensor, allowed: Collection[nn.Parameter]) -> list[T
     permitted = {id(p) for p in allowed}
     found: dict[int, Tensor] = {}
     seen: set[Any] = set()
-    todo = [loss.grad_fn] if loss.grad_fn is not None else []
+    todo: list[Any] = [loss.grad_fn]
     while todo:
         node = todo.pop()
         if node is None or node in seen:

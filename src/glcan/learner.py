@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
+from torch.utils._pytree import tree_map_only
 
 from glcan import rules, tasks
 from glcan.dryrun import dry_run
 from glcan.errors import CheckpointError, ConfigError, CutError, GradientLeak
 from glcan.isolation import Boundary, Isolation, leaked_parameters, tensors_in
 from glcan.plan import Plan, make_plan
-from glcan.profile import Profile, profile
+from glcan.profile import Feature, Profile, profile, read_feature
 from glcan.rules import Site
 
 __all__ = ["LocalLearner"]
@@ -102,15 +104,21 @@ class LocalLearner:
         self.plan = self._make_plan(blocks, cuts)
         names = [f"block{i}" for i in range(1, self.plan.blocks + 1)]
         self.names = tuple(names)
+        self._users = self._find_users()
+        if self.plan.blocks > 1:
+            self.plan = self.plan.entered_by(self._survey(batch, leak_check))
+            self._check_trained()
         self.auxiliary = nn.ModuleDict(
             {
                 name: self.rule.build(Site(model, self.profile, self.plan, self.task, i))
                 for i, name in enumerate(names[:-1])
-                if self._trains(i)
+                if self._entering(i)
             }
         )
         like = next((p for p in model.parameters() if p.is_floating_point()), None)
-        if like is not None and any(p.device != like.device or p.dtype != like.dtype for p in self.auxiliary.parameters()):
+        if like is not None and any(
+            p.device != like.device or p.dtype != like.dtype for p in self.auxiliary.parameters()
+        ):
             self.auxiliary.to(device=like.device, dtype=like.dtype)
         self.auxiliary.train(model.training)
         self._own, self._shared = self._ownership()
@@ -122,8 +130,6 @@ class LocalLearner:
         )
         self.optimizers: list[Optimizer] = []
         self._block_optimizer: dict[int, Optimizer] = {}
-        if leak_check and self.plan.blocks > 1:
-            self._check_leaks(batch)
         if optimizer is not None:
             self._make_optimizers(optimizer)
 
@@ -139,30 +145,42 @@ class LocalLearner:
             )
         return make_plan(self.profile, blocks=1)
 
-    def _trains(self, block: int) -> bool:
-        """Whether a gradient-requiring tensor leaves the block (not so where all of it is frozen)."""
-        return bool(self.plan.units[block + 1][0].entering)
+    def _entering(self, block: int) -> tuple[Feature, ...]:
+        """What the block hands to the next one and needs a gradient (nothing where all of it is frozen)."""
+        return self.plan.units[block + 1][0].entering
+
+    def _find_users(self) -> dict[int, set[int]]:
+        """The blocks that use each parameter (by id)."""
+        users: dict[int, set[int]] = defaultdict(set)
+        block, block_after = 0, {-1: 0}
+        for position, index in enumerate(self.profile.calls):
+            unit = self.profile.units[index].name
+            block += block < len(self.plan.cuts) and unit == self.plan.cuts[block]
+            block_after[position] = block
+            for parameter in self.model.get_submodule(unit).parameters():
+                users[id(parameter)].add(block)
+        named = dict(self.model.named_parameters())
+        for name, positions in self.profile.glue.items():
+            users[id(named[name])].update(block_after[i] for i in positions)
+        return users
+
+    def _check_trained(self) -> None:
+        for k, cut in enumerate(self.plan.cuts):
+            trainable = [p for p in self.model.parameters() if p.requires_grad and k in self._users[id(p)]]
+            if trainable and not self._entering(k):
+                raise CutError(
+                    f"Nothing that block{k + 1} computes enters the cut at {cut!r} (they stand side by side), so no "
+                    "local loss could train it. Cut elsewhere (cuts=[...])."
+                )
 
     def _ownership(self) -> tuple[list[list[nn.Parameter]], list[nn.Parameter]]:
         """The trainable parameters of each block, and those that several blocks use."""
-        users: dict[int, set[int]] = {}
-        by_id = {id(p): p for p in self.model.parameters()}
-        block_of = {unit.index: k for k, units in enumerate(self.plan.units) for unit in units}
-        block_of[-1] = 0
-        for k, units in enumerate(self.plan.units):
-            for unit in units:
-                for parameter in self.model.get_submodule(unit.name).parameters():
-                    users.setdefault(id(parameter), set()).add(k)
-        named = dict(self.model.named_parameters())
-        for name, positions in self.profile.glue.items():
-            users.setdefault(id(named[name]), set()).update(block_of[i] for i in positions)
         last = self.plan.blocks - 1
         own: list[list[nn.Parameter]] = [[] for _ in self.plan.units]
         shared: list[nn.Parameter] = []
-        self._users = users
-        for key, parameter in by_id.items():
+        for parameter in self.model.parameters():
             if parameter.requires_grad:
-                blocks = users.get(key, {last})
+                blocks = self._users[id(parameter)] or {last}
                 (own[next(iter(blocks))] if len(blocks) == 1 else shared).append(parameter)
         for k, name in enumerate(self.names):
             if name in self.auxiliary:
@@ -175,20 +193,22 @@ class LocalLearner:
                 optimizer = factory(parameters)
                 if not isinstance(optimizer, Optimizer):
                     raise ConfigError(
-                        f"optimizer(parameters) gave {type(optimizer).__name__}; it must return a torch.optim.Optimizer, "
-                        "as functools.partial(torch.optim.SGD, lr=0.1) does."
+                        f"optimizer(parameters) gave {type(optimizer).__name__}; it must return a "
+                        "torch.optim.Optimizer, as functools.partial(torch.optim.SGD, lr=0.1) does."
                     )
                 self._block_optimizer[k] = optimizer
                 self.optimizers.append(optimizer)
 
-    def _check_leaks(self, batch: tuple[Any, ...]) -> None:
+    def _survey(self, batch: tuple[Any, ...], leak_check: bool) -> dict[str, tuple[Feature, ...]]:
+        """A dry run with the cuts: what enters each of them; raises `GradientLeak` if a gradient crosses one."""
         names = {id(p): name for name, p in self.model.named_parameters()}
 
-        def check(model: nn.Module, batch: tuple[Any, ...]) -> None:
+        def check(model: nn.Module, batch: tuple[Any, ...]) -> dict[str, tuple[Feature, ...]]:
+            entering: dict[str, tuple[Feature, ...]] = {}
             twins = {name: p for name, p in model.named_parameters()}
             allowed: list[list[nn.Parameter]] = [[] for _ in self.plan.units]
             for key, blocks in self._users.items():
-                for k in blocks:
+                for k in blocks if key in names else ():
                     allowed[k].append(twins[names[key]])
 
             def look(block: int, loss: Tensor) -> None:
@@ -199,15 +219,18 @@ class LocalLearner:
                     cut = self.plan.cuts[block - 1] if block else self.plan.cuts[0]
                     shown = ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
                     raise GradientLeak(
-                        f"The loss of block{block + 1} would reach {shown}, which belong to an earlier block: a gradient "
-                        f"crosses the cut at {cut!r}. A custom autograd.Function between units, or a unit that reads a "
-                        "tensor from elsewhere than its arguments, hides it from the isolation. Put that operation into "
-                        "a unit (units=[...]), or cut elsewhere (cuts=[...])."
+                        f"The loss of block{block + 1} would reach {shown}, which belong to an earlier block: a "
+                        f"gradient crosses the cut at {cut!r}. A custom autograd.Function between units, or a unit that "
+                        "reads a tensor from elsewhere than its arguments, hides it from the isolation. Put that "
+                        "operation into a unit (units=[...]), or cut elsewhere (cuts=[...])."
                     )
 
             def at_cut(boundary: Boundary) -> None:
                 tensors = (*boundary.entering, *boundary.skipping)
-                if tensors:
+                entering[boundary.cut] = tuple(
+                    read_feature(tuple(t.shape), self.profile.batch, self.profile.image) for t in boundary.entering
+                )
+                if leak_check and tensors:
                     look(boundary.block, sum((t.float().sum() for t in tensors), torch.zeros(())))
 
             isolation = Isolation(
@@ -218,10 +241,11 @@ class LocalLearner:
                 output = model(*args, **kwargs)
                 losses = [isolation.twin(t) for t in tensors_in(output) if t.is_floating_point()]
                 total = sum((t.float().sum() for t in losses if t.requires_grad), torch.zeros(()))
-                if total.requires_grad:
+                if leak_check and total.requires_grad:
                     look(self.plan.blocks - 1, total)
+            return entering
 
-        dry_run(self.model, batch, check)
+        return dry_run(self.model, batch, check)
 
     # -- training ------------------------------------------------------------------------------------------------
 
@@ -246,7 +270,9 @@ class LocalLearner:
             ConfigError: the learner was built without an optimizer.
         """
         if not self.optimizers:
-            raise ConfigError("step() needs an optimizer: LocalLearner(..., optimizer=partial(torch.optim.SGD, lr=0.1)).")
+            raise ConfigError(
+                "step() needs an optimizer: LocalLearner(..., optimizer=partial(torch.optim.SGD, lr=0.1))."
+            )
         losses = self._run(batch, None, self._update)
         self._update(len(self._own))
         self.rule.after_step(self.auxiliary, self.model)
@@ -269,22 +295,29 @@ class LocalLearner:
 
         def learn(block: int, loss: Tensor) -> None:
             losses[self.names[block]] = loss.detach()
-            with self._no_autocast(loss):
+            autocast = torch.is_autocast_enabled(loss.device.type)
+            with torch.autocast(loss.device.type, enabled=False) if autocast else contextlib.nullcontext():
                 (loss if scaler is None else scaler.scale(loss)).backward()
                 del loss
                 if finish is not None:
                     finish(block)
-            if self.autocast is not None:
-                torch.clear_autocast_cache()
+            if autocast:
+                torch.clear_autocast_cache()  # it holds copies of weights that have just been updated
 
         def at_cut(boundary: Boundary) -> None:
             name = self.names[boundary.block]
+            if len(boundary.entering) != len(self._entering(boundary.block)):
+                raise ConfigError(
+                    f"{len(boundary.entering)} tensors that need a gradient enter the cut at {boundary.cut!r}, but "
+                    f"{len(self._entering(boundary.block))} did when the learner was built. Parameters may have been "
+                    "frozen or thawed since: build a new learner after that."
+                )
             if name in self.auxiliary:
                 learn(boundary.block, self.task.local_loss(self.auxiliary[name](boundary, batch), batch))
 
         args, kwargs = self.task.arguments(batch)
         if self.profile.writes_input:
-            args, kwargs = _cloned(args), _cloned(kwargs)
+            args, kwargs = tree_map_only(Tensor, Tensor.clone, (args, kwargs))
         isolation.on_boundary = at_cut
         last = self.plan.blocks - 1
         with isolation if last else contextlib.nullcontext(), forward:
@@ -292,8 +325,8 @@ class LocalLearner:
                 loss = self.task.loss(self.model(*args, **kwargs), batch)
             if last and isolation.block != last:
                 raise CutError(
-                    f"The model ran without reaching the cut {self.plan.cuts[isolation.block]!r} (its layers are skipped "
-                    "or ran in another order); cut at a unit that always runs."
+                    f"The model ran without reaching the cut {self.plan.cuts[isolation.block]!r} (its layers are "
+                    "skipped or ran in another order); cut at a unit that always runs."
                 )
             with isolation.replay() if last else contextlib.nullcontext():
                 learn(last, loss)
@@ -304,12 +337,6 @@ class LocalLearner:
             return contextlib.nullcontext()
         device = next((t.device.type for t in tensors_in(batch)), "cpu")
         return torch.autocast(device, self.autocast)
-
-    @staticmethod
-    def _no_autocast(loss: Tensor) -> contextlib.AbstractContextManager[Any]:
-        if torch.is_autocast_enabled(loss.device.type):
-            return torch.autocast(loss.device.type, enabled=False)
-        return contextlib.nullcontext()
 
     # -- everything else -----------------------------------------------------------------------------------------
 
@@ -368,6 +395,12 @@ class LocalLearner:
                 f"The checkpoint has {len(state['optimizers'])} optimizers, this learner has {len(self.optimizers)}. "
                 "Build the learner with the same optimizer=..."
             )
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            if _groups(saved) != _groups(optimizer.state_dict()):
+                raise CheckpointError(
+                    "The checkpoint's optimizers are of another kind, or over other parameters, than "
+                    f"{type(optimizer).__name__} here. Build the learner with the same optimizer=..."
+                )
         self.model.load_state_dict(state["model"])
         self.auxiliary.load_state_dict(state["auxiliary"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
@@ -375,14 +408,6 @@ class LocalLearner:
 
     def __repr__(self) -> str:
         return f"LocalLearner({type(self.model).__name__}, rule={self.rule.name!r}, {self.plan})"
-
-
-def _cloned(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.clone()
-    if isinstance(value, dict):
-        return {k: _cloned(v) for k, v in value.items()}
-    return type(value)(_cloned(v) for v in value) if isinstance(value, (tuple, list)) else value
 
 
 def _check_state(part: str, module: nn.Module, state: Mapping[str, Any]) -> None:
@@ -394,6 +419,11 @@ def _check_state(part: str, module: nn.Module, state: Mapping[str, Any]) -> None
             f"The checkpoint's {part} differs from this one in {len(odd)} tensors, for example {odd[0]!r}: "
             f"{_shape(theirs.get(odd[0]))} there, {_shape(mine.get(odd[0]))} here. Use the model that it was made with."
         )
+
+
+def _groups(state: Mapping[str, Any]) -> list[tuple[set[str], list[int]]]:
+    # A scheduler adds keys such as initial_lr to the groups.
+    return [({k for k in g if not k.startswith("initial_")}, g["params"]) for g in state["param_groups"]]
 
 
 def _shape(shape: Iterable[int] | None) -> str:

@@ -11,6 +11,7 @@ Units: bytes; FLOPs count a multiply-add as two operations.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import weakref
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -115,11 +116,11 @@ class LiveMemory(TorchDispatchMode):
         if size == 0:
             return
         kind = kind or self._new
-        self._live[key] = [weakref.ref(storage, lambda _, key=key: self._gone(key)), size, kind]
+        self._live[key] = [weakref.ref(storage, functools.partial(self._gone, key)), size, kind]
         self.current[kind] += size
         self.total += size
 
-    def _gone(self, key: int) -> None:
+    def _gone(self, key: int, reference: Any) -> None:
         _, size, kind = self._live.pop(key)
         self.current[kind] -= size
         self.total -= size

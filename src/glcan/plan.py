@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 
 from glcan.errors import CutError, UnknownName
-from glcan.profile import Profile, Unit
+from glcan.profile import Feature, Profile, Unit
 
 __all__ = ["Plan", "choose_cuts", "make_plan"]
 
@@ -17,7 +19,8 @@ class Plan:
 
     Attributes:
         cuts: names of the units that begin block 2, 3, ...
-        units: the profile's units, block by block.
+        units: the profile's units, block by block. The first one of a block tells, as ``entering``, what it receives
+            from the block before.
     """
 
     cuts: tuple[str, ...]
@@ -27,6 +30,14 @@ class Plan:
     def blocks(self) -> int:
         """K, the number of blocks."""
         return len(self.units)
+
+    def entered_by(self, entering: Mapping[str, tuple[Feature, ...]]) -> Plan:
+        """The same plan, but with what really enters each cut: of the tensors that do, only the ending block's own."""
+        first, *rest = self.units
+        return Plan(
+            self.cuts,
+            (first, *((dataclasses.replace(u[0], entering=entering[u[0].name]), *u[1:]) for u in rest)),
+        )
 
     def __str__(self) -> str:
         lines = [f"{self.blocks} block{'s' * (self.blocks > 1)}"]
@@ -79,8 +90,7 @@ def _check_cuts(profile: Profile, cuts: Sequence[str]) -> None:
 def choose_cuts(profile: Profile, blocks: int) -> tuple[str, ...]:
     """The cuts that minimise the largest block's saved activations; among those, the most even ones.
 
-    Dynamic programming over the units: ``best[k][j]`` is the least (largest, sum of squares) of k blocks that end
-    before cut j.
+    Dynamic programming over the units, first for the largest block, then for the least sum of squares under that bound.
     """
     places = [0, *(profile.unit(name).index for name in profile.cuttable)]
     if blocks < 1 or blocks > len(places):
@@ -100,24 +110,28 @@ def choose_cuts(profile: Profile, blocks: int) -> tuple[str, ...]:
         return total[ends[j]] - total[places[i]] + shared
 
     n = len(places)
-    best: list[dict[int, tuple[int, int, int]]] = [{0: (0, 0, 0)}]
-    for k in range(1, blocks + 1):
-        row: dict[int, tuple[int, int, int]] = {}
-        for j in range(k, n + 1):
-            options = [
-                (max(largest, cost(i, j)), squares + cost(i, j) ** 2, i)
-                for i, (largest, squares, _) in best[k - 1].items()
-                if i < j
-            ]
-            if options:
-                row[j] = min(options)
-        best.append(row)
-    cuts, j = [], n
-    for k in range(blocks, 0, -1):
-        j = best[k][j][2]
-        if j:
-            cuts.append(profile.units[places[j]].name)
-    return tuple(reversed(cuts))
+
+    def best(join: Callable[[int, int], int], bound: float = math.inf) -> tuple[int, list[int]]:
+        """The least cost of all blocks joined, none of them over the bound, and where they begin."""
+        rows: list[dict[int, tuple[int, int]]] = [
+            {0: (0, 0)}
+        ]  # blocks so far -> end -> (joined cost, begin of the last)
+        for _ in range(blocks):
+            options: dict[int, list[tuple[int, int]]] = defaultdict(list)
+            for i, (joined, _) in rows[-1].items():
+                for j in range(i + 1, n + 1):
+                    if cost(i, j) <= bound:
+                        options[j].append((join(joined, cost(i, j)), i))
+            rows.append({j: min(found) for j, found in options.items()})
+        begins, j = [], n
+        for row in reversed(rows[1:]):
+            j = row[j][1]
+            begins.append(j)
+        return rows[-1][n][0], begins[::-1]
+
+    largest, _ = best(max)
+    _, begins = best(lambda joined, block: joined + block**2, largest)
+    return tuple(profile.units[places[i]].name for i in begins[1:])
 
 
 def _numel(shape: tuple[int, ...]) -> int:

@@ -101,8 +101,9 @@ class Profile:
     Attributes:
         units: in the order of their first call.
         crossing: for each cuttable unit, the numbers (as `Isolation` counts) of the tensors that pass by it.
-        glue: for each parameter (by name) that is used between units, the indices of the units after which it is used
-            (-1: before the first).
+        calls: for each call of a unit, in the order of running, the unit's index. A unit may be called again and again.
+        glue: for each parameter (by name) that is used between units, the positions in `calls` after which it is used
+            (-1: before the first call).
         image: (height, width) of the first 4-d input, None without one.
         batch: size of the batch.
         writes_input: the model changes its input in place.
@@ -111,6 +112,7 @@ class Profile:
 
     units: tuple[Unit, ...]
     crossing: Mapping[str, frozenset[int]]
+    calls: tuple[int, ...]
     glue: Mapping[str, frozenset[int]]
     image: tuple[int, int] | None
     batch: int
@@ -164,7 +166,7 @@ def profile(
     """
     batch = (tuple(args), dict(kwargs or {}))
     try:
-        return dry_run(model, batch, lambda m, b: _profile(m, *b, units=units))
+        return dry_run(model, batch, lambda m, b: _profile(m, b[0], b[1], units))
     except GlcanError:
         raise
     except Exception as error:
@@ -262,7 +264,9 @@ class _Watcher(TorchFunctionMode):
         for child in call.children[1:]:
             at = child.begin
             crossing = sum(
-                1 for tensor, made in self.made.items() if made < at and any(at <= t <= call.end for t in self.used[tensor])
+                1
+                for tensor, made in self.made.items()
+                if made < at and any(at <= t <= call.end for t in self.used[tensor])
             )
             if crossing > 1:
                 return True
@@ -311,7 +315,9 @@ def _find_units(model: nn.Module, args: Any, kwargs: Any) -> list[str]:
 
     visit(watcher.root)
     if not units:
-        raise ConfigError(f"{type(model).__name__} calls no sub-module, so there is nothing to cut; name units yourself.")
+        raise ConfigError(
+            f"{type(model).__name__} calls no sub-module, so there is nothing to cut; name units yourself."
+        )
     # A module that is opened in one call and whole in another one is whole.
     return [name for name in units if not any(name.startswith(f"{other}.") for other in units)]
 
@@ -333,7 +339,9 @@ def _repeated_classes(model: nn.Module, called: set[nn.Module]) -> set[type]:
     outer = {
         cls
         for cls in classes
-        if any(type(m) in classes - {cls} for module in model.modules() if type(module) is cls for m in module.modules())
+        if any(
+            type(m) in classes - {cls} for module in model.modules() if type(module) is cls for m in module.modules()
+        )
     }
     return classes - outer
 
@@ -379,11 +387,9 @@ class _Recorder(Isolation):
                 self.users[tag.number] += 1
         return tensors
 
-    def _tag(self, tensor: Tensor) -> None:
-        super()._tag(tensor)
-        number = getattr(tensor, _TAG).number
-        self.made.setdefault(number, self.clock)
-        self.users[number] = 0  # made anew, perhaps in place
+    def _tag(self, tensor: Tensor, number: int) -> None:
+        super()._tag(tensor, number)
+        self.made[number] = self.clock
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not self._inside and getattr(func, "__name__", "") != "__get__":
@@ -404,7 +410,8 @@ class _Recorder(Isolation):
         entering = self._use((args, kwargs))
         first = name not in self.notes
         if first:
-            numbers = frozenset(getattr(t, _TAG).number for t in entering if hasattr(t, _TAG))
+            tags = [getattr(t, _TAG, None) for t in entering]
+            numbers = frozenset(tag.number for tag in tags if tag is not None and tag.run is self._run)
             self.notes[name] = _Note(self.clock, [tuple(t.shape) for t in entering], numbers, chained)
         del entering
         out = super()._call(name, forward, args, kwargs)
@@ -475,11 +482,11 @@ class _Recorder(Isolation):
                 )
             )
         index = {name: i for i, name in enumerate(self.notes)}
-        position = {clock: index[name] for clock, name in enumerate(self.calls)} | {-1: -1}
         return Profile(
             units=tuple(units),
             crossing=crossing,
-            glue={name: frozenset(position[c] for c in clocks if c in position) for name, clocks in self.glue.items()},
+            calls=tuple(index[name] for name in self.calls),
+            glue={name: frozenset(clocks) for name, clocks in self.glue.items()},
             image=image,
             batch=batch,
             writes_input=writes,

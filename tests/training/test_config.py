@@ -1,5 +1,6 @@
 """Settings: their errors name value, constraint and remedy, and all recipes load."""
 
+import itertools
 import math
 
 import pytest
@@ -107,7 +108,7 @@ def test_cosine_with_linear_warmup():
     assert values[:14] == pytest.approx([0.4 * (step + 1) / 15 for step in range(14)])
     assert values[14] == 0.4
     assert values[42] == pytest.approx(0.2)  # half of the way after the warm-up
-    assert all(a > b for a, b in zip(values[14:], values[15:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(values[14:]))
     assert 0 < values[-1] < 0.001
 
 

@@ -22,7 +22,8 @@ Recipe = Annotated[
 ]
 
 _PANELS = {
-    "Model and data": ("model", "model_options", "data", "data_root", "image_size", "val", "limit", "skip_corrupt", "download"),
+    "Model": ("model", "model_options"),
+    "Data": ("data", "data_root", "image_size", "val", "limit", "skip_corrupt", "download"),
     "Local learning": ("rule", "blocks", "cuts", "units", "rule_options"),
     "Optimization": (
         "epochs",
@@ -38,7 +39,7 @@ _PANELS = {
         "clip_norm",
     ),
     "Machine": ("precision", "channels_last", "device", "workers", "seed", "deterministic"),
-}  # fmt: skip
+}
 #: Every setting that a command line can give; the task is an argument of its own.
 SETTINGS = tuple(name for names in _PANELS.values() for name in names)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -29,7 +29,7 @@ def predict(
     summary = RunDirectory(run).read_summary()
     place = resolve_device(device)
     model = load_model(run).to(place)
-    predictions = []
+    predictions: list[dict[str, Any]] = []
     for start in range(0, len(files), _BATCH):
         batch = files[start : start + _BATCH]
         with torch.inference_mode():

@@ -53,6 +53,8 @@ class GLCAN(Rule):
 
         Attributes:
             budget: forward FLOPs of all auxiliary networks together, as a share of the model's.
+            unit_share: each auxiliary network may cost this share of the model's average unit even where the budget
+                would give it less, as with many blocks.
             use_local: the local branch.
             use_global: the global branch.
             width: channels of the skeleton's units as a share of the real stages'; none: solved for the budget.
@@ -63,6 +65,7 @@ class GLCAN(Rule):
         """
 
         budget: float = 0.10
+        unit_share: float = 0.4
         use_local: bool = True
         use_global: bool = True
         width: float | None = None
@@ -72,6 +75,8 @@ class GLCAN(Rule):
         def __post_init__(self) -> None:
             if not 0 < self.budget <= 10:
                 raise ConfigError(f"glcan.budget is {self.budget}; it must lie in (0, 10], 0.1 for a tenth of the model.")
+            if not 0 <= self.unit_share <= 10:
+                raise ConfigError(f"glcan.unit_share is {self.unit_share}; it must lie in [0, 10], 0 for none.")
             if not (self.use_local or self.use_global):
                 raise ConfigError("glcan.use_local and glcan.use_global are both off; leave at least one branch on.")
             if self.width is not None and not 0 < self.width <= 4:
@@ -105,7 +110,10 @@ class GLCAN(Rule):
         )
 
     def _skeleton(self, site: Site, feature: Feature, levels: list[_Level]) -> nn.Module:
-        share = self.config.budget * site.profile.flops / max(1, site.plan.blocks - 1)
+        weighted = sum(unit.weights > 0 for unit in site.profile.units)
+        share = site.profile.flops * max(
+            self.config.budget / max(1, site.plan.blocks - 1), self.config.unit_share / max(1, weighted)
+        )
         if self.config.width is not None:
             widths = _widths(levels, self.config.width)
         else:

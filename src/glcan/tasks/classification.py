@@ -37,26 +37,27 @@ class Classification(Task):
             raise ConfigError(f"label_smoothing is {label_smoothing}; it must lie in [0, 1), 0.1 for example.")
         self.label_smoothing = label_smoothing
         self.criterion = criterion
-        self.classes = classes
+        self.classes = self._given_classes = classes
 
     def prepare(self, shapes: tuple[tuple[int, ...], ...], batch: tuple[Any, ...]) -> None:
         if len(batch) != 2:
             raise ConfigError(f"A classification batch is (images, labels); this one has {len(batch)} items.")
-        if self.classes is None:
+        if self._given_classes is None:
             flat = [shape for shape in shapes if len(shape) == 2]
             if not flat:
                 raise ConfigError(
-                    f"The model returns tensors of shapes {list(shapes)}; classification needs logits [batch, classes]. "
-                    "Give Classification(classes=N, criterion=...) if it returns them in another form."
+                    f"The model returns tensors of shapes {list(shapes)}; classification needs logits "
+                    "[batch, classes]. Give Classification(classes=N, criterion=...) if it returns them in another form."
                 )
             self.classes = flat[0][1]
+        assert self.classes is not None
         labels = batch[1]
         if not labels.is_floating_point() and labels.numel() and not isinstance(labels, FakeTensor):
             low, high = int(labels.min()), int(labels.max())
             if low < 0 or high >= self.classes:
                 raise DataError(
-                    f"A label is {low if low < 0 else high}, but the model gives {self.classes} classes, so labels must "
-                    f"lie in 0 ... {self.classes - 1}. Give the model as many classes as the data has."
+                    f"A label is {low if low < 0 else high}, but the model gives {self.classes} classes, so labels "
+                    f"must lie in 0 ... {self.classes - 1}. Give the model as many classes as the data has."
                 )
 
     def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -76,8 +77,8 @@ class Classification(Task):
         if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
             return output[0]
         raise ConfigError(
-            f"The model returned {type(output).__name__}; classification needs logits [batch, classes], alone, first in "
-            "a tuple, or as .logits. Wrap the model so that it returns them."
+            f"The model returned {type(output).__name__}; classification needs logits [batch, classes], alone, "
+            "first in a tuple, or as .logits. Wrap the model so that it returns them."
         )
 
     def loss(self, output: Any, batch: tuple[Any, ...]) -> Tensor:

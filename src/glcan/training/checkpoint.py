@@ -75,7 +75,8 @@ def load(path: Path) -> dict[str, Any]:
 
 def rng_state(device: torch.device) -> dict[str, Any]:
     """State of the random generators of torch (CPU and the device's), numpy and python, in plain types."""
-    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # type: ignore[misc]
+    state: Any = np.random.get_state(legacy=True)
+    kind, keys, position, has_gauss, gauss = state
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,

@@ -159,7 +159,7 @@ class RunConfig(BaseModel):
 
 
 def flag(name: str) -> str:
-    """The command line's name of a field: ``weight_decay`` is ``--weight-decay``, ``rule_options`` ``--rule-option``."""
+    """The command line's name of a field: ``--weight-decay`` of weight_decay, ``--rule-option`` of rule_options."""
     if name == "task":
         return "TASK"
     return "--" + name.removesuffix("s" if name.endswith("_options") else "").replace("_", "-")

@@ -124,7 +124,7 @@ def build(config: RunConfig, data: ImageData) -> LocalLearner:
         images, labels = next(iter(data.loader("train", config.batch)))
     _check_images(images, data)
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
-    model = create_model(config, len(data.classes), data.shape).to(device, memory_format=layout)
+    model = create_model(config, len(data.classes), data.shape).to(device).to(memory_format=layout)
     images, labels = images.to(device, memory_format=layout), labels.to(device)
     autocast = autocast_dtype(config)
     _check_model(config, model, images, data, autocast)
