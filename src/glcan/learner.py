@@ -219,8 +219,8 @@ class LocalLearner:
                     cut = self.plan.cuts[block - 1] if block else self.plan.cuts[0]
                     shown = ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
                     raise GradientLeak(
-                        f"The loss of block{block + 1} would reach {shown}, which belong to an earlier block: a "
-                        f"gradient crosses the cut at {cut!r}. A custom autograd.Function between units, or a unit that "
+                        f"The loss of block{block + 1} would reach {shown}, which belong to an earlier block: "
+                        f"a gradient crosses the cut at {cut!r}. A custom autograd.Function between units, or a unit that "
                         "reads a tensor from elsewhere than its arguments, hides it from the isolation. Put that "
                         "operation into a unit (units=[...]), or cut elsewhere (cuts=[...])."
                     )

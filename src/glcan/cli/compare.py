@@ -32,8 +32,11 @@ def compare(
 
     Without arguments: end-to-end, activation checkpointing and GLCAN with 4 blocks on the embedded digits.
     """
+    from rich.console import Console
+
     from glcan.errors import ConfigError
     from glcan.report import compare as run_comparison
+    from glcan.report.tables import terminal
 
     try:
         numbers = [int(seed) for seed in seeds.split(",")]
@@ -43,4 +46,6 @@ def compare(
     if out is None:
         out = free_folder(f"compare-{Path(config.data).name}-{config.model}".replace("/", "_").replace(":", "."))
     names = [name.strip() for name in methods.split(",") if name.strip()]
-    run_comparison(config, names, numbers, out, progress=not quiet)
+    result = run_comparison(config, names, numbers, out, progress=not quiet)
+    if quiet:
+        Console(highlight=False).print(terminal(result))

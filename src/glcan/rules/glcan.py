@@ -4,8 +4,8 @@ The paper's text beyond its abstract was not at hand; this is our construction i
 what is ours). The auxiliary network of a block has
 
 - a *local branch*: what the task needs of the block's own features, at their own scale;
-- a *global branch*: a macro-skeleton of the network that is still to come, one light unit for each remaining stage, with
-  the real network's down-sampling, so that the local loss sees the receptive field of the final head;
+- a *global branch*: a macro-skeleton of the network that is still to come, one light unit for each remaining stage,
+  with the real network's down-sampling, so that the local loss sees the receptive field of the final head;
 - *collaboration*: both together go into a head of the task's own kind.
 
 Its input is reduced to the first remaining stage's resolution before anything is computed, and the width of the
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import math
 from typing import Any, ClassVar, Literal
 
@@ -74,7 +75,9 @@ class GLCAN(Rule):
 
         def __post_init__(self) -> None:
             if not 0 < self.budget <= 10:
-                raise ConfigError(f"glcan.budget is {self.budget}; it must lie in (0, 10], 0.1 for a tenth of the model.")
+                raise ConfigError(
+                    f"glcan.budget is {self.budget}; it must lie in (0, 10], 0.1 for a tenth of the model."
+                )
             if not 0 <= self.unit_share <= 10:
                 raise ConfigError(f"glcan.unit_share is {self.unit_share}; it must lie in [0, 10], 0 for none.")
             if not (self.use_local or self.use_global):
@@ -87,7 +90,8 @@ class GLCAN(Rule):
                 )
             if self.momentum is not None and (self.unit != "backbone" or not self.use_global):
                 raise ConfigError(
-                    "glcan.momentum exchanges weights with the real units, so it needs unit='backbone' and use_global=True."
+                    f"glcan.momentum is {self.momentum}, but it exchanges weights with the real units, so it needs "
+                    "unit='backbone' and use_global=True. Set these, or leave momentum out."
                 )
 
     config: Config
@@ -97,7 +101,7 @@ class GLCAN(Rule):
             raise ConfigError(f"The rule 'glcan' serves {', '.join(self.tasks)}, not {site.task.name!r}.")
         assert site.task.classes is not None
         feature = site.features[site.main]
-        skeleton: nn.Module | None = None
+        skeleton: Skeleton | _BackboneSkeleton | None = None
         grid: tuple[int, int] | None = None
         if self.config.use_global and self.config.unit == "backbone":
             skeleton = _BackboneSkeleton(site)
@@ -109,7 +113,7 @@ class GLCAN(Rule):
             site.main, site.features, grid, self.config.use_local, skeleton, site.task.classes
         )
 
-    def _skeleton(self, site: Site, feature: Feature, levels: list[_Level]) -> nn.Module:
+    def _skeleton(self, site: Site, feature: Feature, levels: list[_Level]) -> Skeleton:
         weighted = sum(unit.weights > 0 for unit in site.profile.units)
         share = site.profile.flops * max(
             self.config.budget / max(1, site.plan.blocks - 1), self.config.unit_share / max(1, weighted)
@@ -143,10 +147,8 @@ def skeleton_levels(site: Site, feature: Feature) -> list[_Level]:
 
 def _strides(levels: list[_Level]) -> list[tuple[int, int]]:
     strides = [(1, 1)]
-    for before, after in zip(levels, levels[1:], strict=False):
-        strides.append(
-            (max(1, round(before.grid[0] / after.grid[0])), max(1, round(before.grid[1] / after.grid[1])))
-        )
+    for before, after in itertools.pairwise(levels):
+        strides.append((max(1, round(before.grid[0] / after.grid[0])), max(1, round(before.grid[1] / after.grid[1]))))
     return strides
 
 
@@ -245,7 +247,7 @@ class _BackboneSkeleton(nn.Module):
 
     @torch.no_grad()
     def move_towards(self, model: nn.Module, momentum: float) -> None:
-        """copy = momentum * copy + (1 - momentum) * real unit."""
+        """Each copy becomes momentum * copy + (1 - momentum) * real unit."""
         for name, unit in zip(self.names, self.units, strict=True):
             real = dict(model.get_submodule(name).named_parameters())
             for key, parameter in unit.named_parameters():
@@ -281,7 +283,7 @@ class _ClassificationAuxiliary(nn.Module):
         features: tuple[Feature, ...],
         grid: tuple[int, int] | None,
         local: bool,
-        skeleton: nn.Module | None,
+        skeleton: Skeleton | _BackboneSkeleton | None,
         classes: int,
     ) -> None:
         super().__init__()
@@ -291,7 +293,7 @@ class _ClassificationAuxiliary(nn.Module):
         self.skeleton = skeleton
         channels = sum(f.channels for f in features) if local else 0
         self.norm = nn.LayerNorm(channels) if local else None
-        self.head = nn.Linear(channels + (skeleton.channels if skeleton is not None else 0), classes)  # type: ignore[operator]
+        self.head = nn.Linear(channels + (skeleton.channels if skeleton is not None else 0), classes)
 
     def forward(self, boundary: Boundary, batch: Any) -> Tensor:
         """-> logits [B, classes]."""

@@ -47,7 +47,7 @@ class Classification(Task):
             if not flat:
                 raise ConfigError(
                     f"The model returns tensors of shapes {list(shapes)}; classification needs logits "
-                    "[batch, classes]. Give Classification(classes=N, criterion=...) if it returns them in another form."
+                    "[batch, classes]. Give Classification(classes=N, criterion=...) if it has them in another form."
                 )
             self.classes = flat[0][1]
         assert self.classes is not None
