@@ -28,9 +28,7 @@ def torchvision(name: str, **options: Any) -> nn.Module:
 
 def retinanet_backbone() -> nn.Module:
     detection = pytest.importorskip("torchvision.models.detection")
-    return detection.retinanet_resnet50_fpn(
-        weights=None, weights_backbone=None, trainable_backbone_layers=5
-    ).backbone
+    return detection.retinanet_resnet50_fpn(weights=None, weights_backbone=None).backbone
 
 
 def timm(name: str, **options: Any) -> nn.Module:
@@ -87,9 +85,7 @@ ZOO: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
         lambda: images(1, 32),
     ),
     "spandrel/HAT": (
-        lambda: spandrel(
-            "HAT", depths=(2, 2, 2, 2), num_heads=(2, 2, 2, 2), squeeze_factor=4, num_feat=16, **_WINDOWS
-        ),
+        lambda: spandrel("HAT", depths=(2, 2, 2, 2), num_heads=(2, 2, 2, 2), squeeze_factor=4, num_feat=16, **_WINDOWS),
         lambda: images(1, 32),
     ),
     "spandrel/NAFNet": (
@@ -117,10 +113,12 @@ ZOO: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
 
 
 def call(model: nn.Module, batch: Any) -> Any:
-    """The model on a copy of the batch: some models write into their input."""
-    if isinstance(batch, dict):
-        return model(**{name: value.clone() for name, value in batch.items()})
-    return model(batch.clone())
+    return model(**batch) if isinstance(batch, dict) else model(batch)
+
+
+def copied(batch: Any) -> Any:
+    """Some models write into their input."""
+    return {name: value.clone() for name, value in batch.items()} if isinstance(batch, dict) else batch.clone()
 
 
 def arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -137,7 +135,7 @@ def evenly(names: list[str], blocks: int) -> list[str]:
     return [names[i * len(names) // blocks] for i in range(1, blocks)]
 
 
-# -- the reference: one full graph, and autograd.grad for each block ---------------------------------------------------
+# -- the reference: one full graph, and autograd.grad for each block -----------------------------------------------
 
 
 @dataclasses.dataclass
@@ -147,28 +145,38 @@ class Reference:
     gradients: dict[str, Tensor]
 
 
-def reference(model: nn.Module, batch: Any, profile: Profile, cuts: list[str]) -> Reference:
+def reference(
+    model: nn.Module, batch: Any, profile: Profile, cuts: list[str], entering: list[tuple[Tensor, ...]] | None = None
+) -> Reference:
     """Local losses on the tensors that enter each cut, all on one graph, and each parameter's gradient.
+
+    ``entering``: the values of those that belong to the ending block; none where all of them do.
 
     A block's graph ends at the tensors of older blocks. A parameter that several blocks use has the sum of the blocks'
     gradients, each through the block's own part of the graph: so the uses are told apart by giving each block its own
     alias of the parameter.
     """
-    entering: list[list[Tensor]] = []
+    losses: list[Tensor] = []
     named = dict(model.named_parameters())
     aliases: list[dict[str, Tensor]] = [dict() for _ in range(len(cuts) + 1)]
     handles = []
     block = 0
     order = iter(cuts)
     following = next(order, None)
-    tied = {name: p for name, p in named.items() if len(_homes(model, p)) > 1}
-    plain: list[tuple[nn.Module, str, nn.Parameter]] = [
-        (module, attribute, p) for name, p in tied.items() for module, attribute in _homes(model, p)
-    ]
+    again = [profile.units[i].name for i in set(profile.calls) if profile.calls.count(i) > 1]
+    starts = [profile.calls.index(profile.unit(cut).index) for cut in cuts]
+    glue = {n: {sum(start <= i for start in starts) for i in at} for n, at in profile.glue.items()}
+    tied = {
+        name: p
+        for name, p in named.items()
+        if len(_homes(model, p)) > 1
+        or len(glue.get(name, ())) > 1
+        or any(name.startswith(f"{unit}.") for unit in again)
+    }
 
     def use_aliases() -> None:
         for name, p in tied.items():
-            aliases[block][name] = alias = p.detach().requires_grad_()
+            aliases[block][name] = alias = p.detach().requires_grad_(p.requires_grad)
             for module, attribute in _homes(model, p):
                 module.__dict__[attribute] = alias  # before _parameters in the look-up of attributes
 
@@ -176,7 +184,10 @@ def reference(model: nn.Module, batch: Any, profile: Profile, cuts: list[str]) -
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
             nonlocal block, following
             if name == following:
-                entering.append([t for t in tensors_in((args, kwargs)) if t.requires_grad])
+                own = list({id(t): t for t in tensors_in((args, kwargs)) if t.requires_grad}.values())
+                if entering is not None:
+                    own = [next(t for t in own if torch.equal(t, value)) for value in entering[block]]
+                losses.append(loss_of([t.clone() for t in own]))  # cloned: the unit may change them in place
                 block += 1
                 following = next(order, None)
                 use_aliases()
@@ -187,13 +198,14 @@ def reference(model: nn.Module, batch: Any, profile: Profile, cuts: list[str]) -
         handles.append(model.get_submodule(cut).register_forward_pre_hook(at_cut(cut), with_kwargs=True))
     try:
         use_aliases()
-        output = call(model, batch)
+        output = call(model, copied(batch))
     finally:
         for handle in handles:
             handle.remove()
-        for module, attribute, _ in plain:
-            del module.__dict__[attribute]
-    losses = [*(loss_of(tensors) for tensors in entering), loss_of(output)]
+        for parameter in tied.values():
+            for module, attribute in _homes(model, parameter):
+                del module.__dict__[attribute]
+    losses.append(loss_of(output))
     block_of: dict[str, int] = {}
     block = 0
     for unit in profile.units:
@@ -201,13 +213,12 @@ def reference(model: nn.Module, batch: Any, profile: Profile, cuts: list[str]) -
         for name, _ in model.get_submodule(unit.name).named_parameters(prefix=unit.name):
             block_of[name] = block
     owned = {k: {n: p for n, p in named.items() if block_of.get(n) == k and n not in tied} for k in range(len(losses))}
-    for name, positions in profile.glue.items():
+    for name, blocks in glue.items():
         if name not in tied:
-            (k,) = {sum(profile.unit(cut).index <= profile.calls[i] for cut in cuts) if i >= 0 else 0 for i in positions}
-            owned[k][name] = named[name]
+            owned[next(iter(blocks))][name] = named[name]
     gradients: dict[str, Tensor] = {}
     for k, loss in enumerate(losses):
-        own = owned[k] | aliases[k]
+        own = {n: p for n, p in (owned[k] | aliases[k]).items() if p.requires_grad}
         if loss.requires_grad and own:
             found = torch.autograd.grad(loss, list(own.values()), retain_graph=True, allow_unused=True)
             for name, gradient in zip(own, found, strict=True):
@@ -220,7 +231,7 @@ def _homes(model: nn.Module, parameter: nn.Parameter) -> list[tuple[nn.Module, s
     return [(m, a) for m in model.modules() for a, p in m._parameters.items() if p is parameter]
 
 
-# -- small models of our own -------------------------------------------------------------------------------------------
+# -- small models of our own ---------------------------------------------------------------------------------------
 
 
 class Residual(nn.Module):

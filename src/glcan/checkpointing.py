@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
 from glcan.profile import Profile
@@ -95,6 +96,7 @@ def _recomputed(forwards: list[Callable[..., Any]], modules: list[nn.Module]) ->
         return out
 
     def run(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = tree_map(lambda leaf: leaf, (args, kwargs))  # lists of one's own: the model may append to its
         return checkpoint(
             chain,
             *args,

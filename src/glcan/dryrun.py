@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import random
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -18,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_map_only
+
+from glcan.errors import GradientLeak, UnknownName
 
 __all__ = ["dry_run", "fake_copy"]
 
@@ -36,18 +40,23 @@ def fake_copy(model: nn.Module, batch: Any, mode: FakeTensorMode) -> tuple[nn.Mo
 
 
 @contextlib.contextmanager
-def _untouched(model: nn.Module, batch: Any) -> Iterator[Any]:
-    """Gives a clone of the batch; puts buffers, gradients, modes and random generators back."""
+def _untouched(model: nn.Module) -> Iterator[None]:
+    """Puts buffers, gradients, modes and random generators (torch's, Python's, NumPy's) back."""
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     gradients = [(p, p.grad) for p in model.parameters()]
     modes = [(m, m.training) for m in model.modules()]
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    python, numpy = random.getstate(), sys.modules.get("numpy.random")
+    numpy_state = numpy.get_state() if numpy is not None else None
     try:
         for parameter, _ in gradients:
             parameter.grad = None
         with torch.random.fork_rng(devices=[d for d in devices if d is not None]):
-            yield tree_map_only(Tensor, lambda t: t.detach().clone(), batch)
+            yield
     finally:
+        random.setstate(python)
+        if numpy is not None:
+            numpy.set_state(numpy_state)
         for parameter, gradient in gradients:
             parameter.grad = gradient
         for module, training in modes:
@@ -71,11 +80,13 @@ def dry_run(model: nn.Module, batch: Any, use: Callable[[nn.Module, Any], T]) ->
     """
     if any(isinstance(p, FakeTensor) for p in model.parameters()):  # the caller is in a dry run already
         return use(model, batch)
-    try:
-        mode = FakeTensorMode(allow_non_fake_inputs=True)
-        twin, fake_batch = fake_copy(model, batch, mode)
-        with torch.random.fork_rng(), mode:
-            return use(twin, fake_batch)
-    except Exception:
-        with _untouched(model, batch) as real_batch:
-            return use(model, real_batch)
+    with _untouched(model):  # even a copy may reach the real model, through a closure that overrides a forward
+        try:
+            mode = FakeTensorMode(allow_non_fake_inputs=True)
+            twin, fake_batch = fake_copy(model, batch, mode)
+            with mode:
+                return use(twin, fake_batch)
+        except (GradientLeak, UnknownName):
+            raise  # true of the real model too
+        except Exception:
+            return use(model, tree_map_only(Tensor, lambda t: t.detach().clone(), batch))

@@ -136,7 +136,7 @@ class Isolation(TorchFunctionMode):
         cuts: names of the units, in the order in which they run, at which a new block begins.
         on_boundary: called with the `Boundary` at each cut; must not run the model.
         held: for each cut, the numbers (see `Profile.crossing`) of the tensors that pass by it, so that they can be
-            given as ``Boundary.skipping``.
+            given as ``Boundary.skipping``. Numbers count from entering, so let nothing but the model run before.
 
     Raises:
         UnknownName: a unit or a cut is not there.

@@ -220,8 +220,8 @@ class LocalLearner:
                     shown = ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
                     raise GradientLeak(
                         f"The loss of block{block + 1} would reach {shown}, which belong to an earlier block: "
-                        f"a gradient crosses the cut at {cut!r}. A custom autograd.Function between units, or a unit that "
-                        "reads a tensor from elsewhere than its arguments, hides it from the isolation. Put that "
+                        f"a gradient crosses the cut at {cut!r}. A custom autograd.Function between units, or a unit "
+                        "that reads a tensor from elsewhere than its arguments, hides it from the isolation. Put that "
                         "operation into a unit (units=[...]), or cut elsewhere (cuts=[...])."
                     )
 

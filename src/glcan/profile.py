@@ -300,7 +300,7 @@ def _find_units(model: nn.Module, args: Any, kwargs: Any) -> list[str]:
         module, own = call.module, _weights(call.module)
         composite = bool(call.children) and own > 1
         if call is watcher.root:
-            opened = bool(call.children)
+            opened = True
         elif not composite or (type(module) in repeated and not holds_unit(module)):
             opened = False
         elif holds_unit(module):

@@ -255,9 +255,12 @@ def test_methods(glcan):
 def test_compare_hands_over_what_was_given(glcan, tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(report, "compare", lambda *args, **kwargs: calls.append((args, kwargs)))
+    monkeypatch.setattr("glcan.report.tables.terminal", lambda comparison: "the table")
     monkeypatch.chdir(tmp_path)
     assert glcan("compare").exit_code == 0
-    assert glcan("compare", "--methods", "e2e, glcan:2", "--seeds", "3,4", "--lr", "0.2", "--quiet").exit_code == 0
+    quiet = glcan("compare", "--methods", "e2e, glcan:2", "--seeds", "3,4", "--lr", "0.2", "--quiet")
+    assert quiet.exit_code == 0
+    assert "the table" in quiet.output
     (config, methods, seeds, out), options = calls[0]
     assert (config, methods, seeds) == (RunConfig(), ["e2e", "checkpoint", "glcan:4"], [0])
     assert (str(out), options) == ("runs/compare-digits-cifar_resnet20", {"progress": True})

@@ -1,0 +1,156 @@
+"""What every rule keeps, on every task and family of models: one table of settings drives all of it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from tests import zoo
+from tests.zoo import assert_equal
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from glcan import LocalLearner, methods
+from glcan.errors import ConfigError, UnknownName
+from glcan.models import create
+from glcan.rules import RULES
+from glcan.rules import create as create_rule
+from glcan.tasks import TASKS
+
+FAMILIES: dict[str, Callable[[], nn.Module]] = {
+    "cifar_resnet": lambda: create("cifar_resnet20", num_classes=10),
+    "vit": lambda: zoo.timm("vit_tiny_patch16_224", img_size=32, patch_size=4, num_classes=10, depth=4, embed_dim=48),
+    "swin": lambda: zoo.timm(
+        "swin_tiny_patch4_window7_224",
+        img_size=32,
+        patch_size=2,
+        window_size=4,
+        embed_dim=24,
+        depths=(1, 1, 2, 1),
+        num_heads=(1, 2, 2, 2),
+        num_classes=10,
+    ),
+    "convnext": lambda: zoo.timm(
+        "convnext_atto", num_classes=10, depths=(1, 1, 2, 1), dims=(16, 24, 32, 48), drop_path_rate=0.1
+    ),
+}
+
+# rule -> the options that it is tried with
+OPTIONS: dict[str, list[dict[str, Any]]] = {
+    "e2e": [{}],
+    "checkpoint": [{}],
+    "checkpoint-sqrt": [{}],
+    "glcan": [
+        {},
+        {"use_local": False},
+        {"use_global": False},
+        {"width": 0.5},
+        {"unit": "backbone"},
+        {"unit": "backbone", "momentum": 0.9, "use_local": False},
+    ],
+}
+
+
+def classification_batch() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(8, 3, 32, 32, generator=generator), torch.arange(8)
+
+
+SAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {"classification": classification_batch}
+
+SETTINGS = [
+    pytest.param(rule, options, task, family, id="-".join([rule, *map(str, options.values()), task, family]))
+    for rule in RULES
+    for options in OPTIONS.get(rule, [{}])
+    for task in SAMPLES
+    if task in RULES[rule].tasks
+    for family in FAMILIES
+]
+
+
+def learner(rule: str, options: dict[str, Any], task: str, family: str, **more: Any) -> LocalLearner:
+    torch.manual_seed(0)
+    model = FAMILIES[family]().train()
+    blocks = {"blocks": 4} if RULES[rule].local else {}
+    settings = {"optimizer": partial(AdamW, lr=1e-3)} | blocks | more
+    return LocalLearner(model, task, SAMPLES[task](), rule=rule, rule_options=options, **settings)
+
+
+def test_the_table_is_complete() -> None:
+    assert set(OPTIONS) == set(RULES) == set(methods())
+    assert set(SAMPLES) == set(TASKS)
+    for rule in RULES.values():
+        assert rule.summary
+        assert set(rule.tasks) <= set(TASKS)
+    assert methods()[:3] == ["e2e", "checkpoint", "checkpoint-sqrt"]
+
+
+@pytest.mark.parametrize(("rule", "options", "task", "family"), SETTINGS)
+def test_a_rule_keeps_its_contract(rule: str, options: dict[str, Any], task: str, family: str) -> None:
+    mine = learner(rule, options, task, family)
+    batch = SAMPLES[task]()
+    names = [f"block{i}" for i in range(1, mine.plan.blocks + 1)]
+    assert mine.plan.blocks == (4 if RULES[rule].local else 1)
+    assert list(mine.auxiliary) == names[:-1]
+    assert all(p.requires_grad for p in mine.auxiliary.parameters())
+
+    # every trainable parameter, auxiliary or not, is in exactly one optimizer and gets a gradient
+    grouped = [id(p) for o in mine.optimizers for g in o.param_groups for p in g["params"]]
+    named = {
+        **{f"model.{n}": p for n, p in mine.model.named_parameters()},
+        **{f"auxiliary.{n}": p for n, p in mine.auxiliary.named_parameters()},
+    }
+    assert sorted(grouped) == sorted(id(p) for p in named.values())
+    first = mine.backward(*batch)
+    assert list(first) == names
+    reached = {n for n, p in named.items() if p.grad is not None}
+    # of a copied unit, what only its own successor uses may stay unused; of the model nothing may
+    assert reached == set(named)
+    for p in named.values():
+        p.grad = None
+
+    # the loss of a fixed batch falls in every block
+    for _ in range(12):
+        last = mine.step(*batch)
+    assert all(last[name] < first[name] for name in names), (first, last)
+    assert all(p.grad is None for p in named.values())
+
+    # resumption
+    state = copy.deepcopy(mine.state_dict())
+    torch.manual_seed(11)
+    wanted = [mine.step(*batch) for _ in range(2)]
+    fresh = learner(rule, options, task, family)
+    fresh.load_state_dict(state)
+    torch.manual_seed(11)
+    assert [fresh.step(*batch) for _ in range(2)] == wanted
+    assert_equal(dict(fresh.model.state_dict()), dict(mine.model.state_dict()))
+    assert_equal(dict(fresh.auxiliary.state_dict()), dict(mine.auxiliary.state_dict()))
+
+
+@pytest.mark.parametrize("rule", [name for name in RULES if RULES[name].local])
+def test_a_user_frozen_backbone_still_trains_its_auxiliary_networks(rule: str) -> None:
+    torch.manual_seed(0)
+    model = FAMILIES["cifar_resnet"]().train()
+    for module in list(model.children())[:2]:
+        module.requires_grad_(False)
+    mine = LocalLearner(model, sample=classification_batch(), blocks=3, rule=rule, optimizer=partial(AdamW, lr=1e-3))
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
+    mine.step(*classification_batch())
+    assert_equal({n: p.detach() for n, p in model.named_parameters() if n in before}, before)
+
+
+def test_options_are_checked() -> None:
+    with pytest.raises(UnknownName, match="option of the rule 'glcan' 'budjet'.*'budget'"):
+        create_rule("glcan", {"budjet": 1})
+    with pytest.raises(UnknownName, match="It has no options"):
+        create_rule("e2e", {"budget": 1})
+    with pytest.raises(UnknownName, match="rule 'dgll'"):
+        create_rule("dgll")
+    rule = create_rule("glcan", {"budget": 0.2})
+    assert create_rule(rule) is rule
+    with pytest.raises(ConfigError):
+        create_rule("glcan", {"budget": "much"})

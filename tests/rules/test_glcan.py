@@ -1,0 +1,197 @@
+"""The rule glcan: its options, its budget, the momentum exchange."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from tests import zoo
+from torch import Tensor, nn
+from torch.optim import SGD
+
+from glcan import Boundary, LiveMemory, LocalLearner
+from glcan.errors import ConfigError
+from glcan.models import create
+from glcan.rules import create as create_rule
+from glcan.rules.glcan import as_map, reduce_to
+
+BATCH = (torch.randn(4, 3, 32, 32), torch.tensor([1, 2, 3, 4]))
+OPTIMIZER = partial(SGD, lr=0.05)
+
+
+def resnet() -> nn.Module:
+    return create("cifar_resnet32", num_classes=10)
+
+
+def vit() -> nn.Module:
+    return zoo.timm("vit_tiny_patch16_224", img_size=32, patch_size=4, num_classes=10, depth=6, embed_dim=48)
+
+
+def learner(model: nn.Module | None = None, blocks: int = 4, **options: Any) -> LocalLearner:
+    model = model or resnet()
+    return LocalLearner(model, sample=BATCH, blocks=blocks, rule_options=options, optimizer=OPTIMIZER)
+
+
+def auxiliary_flops(mine: LocalLearner) -> int:
+    """Forward FLOPs of all auxiliary networks, as they run."""
+    total = 0
+
+    def metered(name: str, network: nn.Module) -> Any:
+        forward = network.forward
+
+        def run(boundary: Boundary, batch: Any) -> Tensor:
+            nonlocal total
+            with LiveMemory() as memory:
+                out = forward(boundary, batch)
+            total += memory.flops
+            return out
+
+        return run
+
+    for name, network in mine.auxiliary.items():
+        network.forward = metered(name, network)
+    mine.backward(*BATCH)
+    for network in mine.auxiliary.values():
+        del network.forward
+    return total
+
+
+@pytest.mark.parametrize("build", [resnet, vit, lambda: create("torchvision/resnet18", num_classes=10)])
+@pytest.mark.parametrize(("budget", "blocks"), [(0.1, 4), (0.3, 4), (0.05, 2), (0.1, 6)])
+def test_the_budget_is_kept(build: Any, budget: float, blocks: int) -> None:
+    mine = learner(build(), blocks, budget=budget, unit_share=0.0)
+    smallest = auxiliary_flops(learner(build(), blocks, budget=1e-6, unit_share=0.0))
+    # the branches are fitted; the last linear layer and the local one come on top
+    allowed = 1.02 * budget * mine.profile.flops
+    assert auxiliary_flops(mine) <= max(allowed, smallest)
+
+
+def test_more_budget_gives_wider_skeletons() -> None:
+    sizes = [auxiliary_flops(learner(budget=budget, unit_share=0.0)) for budget in (0.02, 0.1, 0.5)]
+    assert sizes == sorted(sizes)
+    assert sizes[0] < sizes[2]
+
+
+def test_width_overrides_the_budget() -> None:
+    sizes = [auxiliary_flops(learner(width=width, budget=0.001)) for width in (0.25, 0.5, 1.0)]
+    assert sizes[0] < sizes[1] < sizes[2]
+
+
+@pytest.mark.parametrize("build", [resnet, vit])
+def test_branches_can_be_switched_off(build: Any) -> None:
+    both, local, far = (learner(build(), **o) for o in ({}, {"use_global": False}, {"use_local": False}))
+
+    def convolutions(mine: LocalLearner) -> int:
+        return sum(isinstance(m, nn.Conv2d) for m in mine.auxiliary.modules())
+
+    def norms(mine: LocalLearner) -> int:
+        return sum(isinstance(m, nn.LayerNorm) for m in mine.auxiliary.modules())
+
+    assert convolutions(local) == 0 < convolutions(both)
+    assert norms(far) == 0 < norms(local) == 3
+    assert convolutions(far) == convolutions(both)
+    widths = [mine.auxiliary["block1"].head.in_features for mine in (both, local, far)]
+    assert widths[0] == widths[1] + widths[2]
+
+
+def test_the_skeleton_stands_for_the_stages_to_come() -> None:
+    mine = learner(width=1.0)
+    model = mine.model
+    depth = []
+    for name in mine.auxiliary:
+        convs = [m for m in mine.auxiliary[name].modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
+        depth.append(len(convs))
+    assert depth == sorted(depth, reverse=True)
+    assert depth[0] == 2, "from the first stage on: the second and the third"
+    assert sum(p.numel() for p in mine.auxiliary.parameters()) < sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.75, 0.9])
+@pytest.mark.parametrize("build", [resnet, vit])
+def test_momentum_exchange_is_the_exact_moving_average(build: Any, momentum: float) -> None:
+    mine = learner(build(), unit="backbone", momentum=momentum)
+    plain = copy.deepcopy(mine)  # the same learner without the exchange
+    plain.rule = create_rule("glcan", {"unit": "backbone"})
+    torch.manual_seed(0)
+    mine.step(*BATCH)
+    torch.manual_seed(0)
+    plain.step(*BATCH)
+    compared = 0
+    for name, network in mine.auxiliary.items():
+        for unit_name, unit, before in zip(
+            network.skeleton.names, network.skeleton.units, plain.auxiliary[name].skeleton.units, strict=True
+        ):
+            real = dict(mine.model.get_submodule(unit_name).named_parameters())
+            updated = dict(before.named_parameters())
+            for key, parameter in unit.named_parameters():
+                wanted = momentum * updated[key] + (1 - momentum) * real[key]
+                torch.testing.assert_close(parameter, wanted, rtol=1e-6, atol=1e-7)
+                compared += 1
+    assert compared > 10
+    if momentum == 0:
+        assert torch.equal(parameter, real[key])
+
+
+def test_copies_are_no_part_of_the_model() -> None:
+    mine = learner(unit="backbone")
+    own = {p.data_ptr() for p in mine.model.parameters()}
+    assert not own & {p.data_ptr() for p in mine.auxiliary.parameters()}
+    unit = mine.auxiliary["block1"].skeleton.units[0]
+    name = mine.auxiliary["block1"].skeleton.names[0]
+    for key, value in unit.state_dict().items():
+        assert torch.equal(value, mine.model.get_submodule(name).state_dict()[key])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"budget": 0}, "glcan.budget is 0"),
+        ({"budget": 11.0}, "glcan.budget is 11"),
+        ({"budget": True}, "glcan.budget is True; it must be a float"),
+        ({"budget": None}, "glcan.budget is None"),
+        ({"use_local": False, "use_global": False}, "both off"),
+        ({"use_local": 1}, "glcan.use_local is 1; it must be a bool"),
+        ({"width": 0}, "glcan.width is 0"),
+        ({"width": "wide"}, "float or none"),
+        ({"unit": "transformer"}, "one of 'conv', 'backbone'"),
+        ({"momentum": 1.0, "unit": "backbone"}, "glcan.momentum is 1.0.*freeze"),
+        ({"momentum": 0.9}, "unit='backbone'"),
+        ({"momentum": 0.9, "unit": "backbone", "use_global": False}, "use_global=True"),
+        ({"unit_share": -1.0}, "unit_share"),
+    ],
+)
+def test_options_that_cannot_be(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        create_rule("glcan", options)
+
+
+def test_whole_numbers_will_do_for_floats() -> None:
+    assert create_rule("glcan", {"budget": 1, "width": 1}).config.width == 1
+
+
+# -- reading maps --------------------------------------------------------------------------------------------------
+
+
+def test_tokens_become_the_map_that_they_came_from() -> None:
+    model = vit()
+    mine = learner(model)
+    feature = mine.profile.unit("blocks.2").output
+    grid = torch.randn(4, 48, 8, 8)
+    tokens = torch.cat([torch.full((4, 1, 48), 9.0), grid.flatten(2).mT], 1)
+    assert torch.equal(as_map(tokens, feature), grid)
+    larger = torch.randn(2, 48, 16, 16)
+    tokens = torch.cat([torch.zeros(2, 1, 48), larger.flatten(2).mT], 1)
+    assert torch.equal(as_map(tokens, feature), larger)
+    with pytest.raises(ConfigError, match="60 tokens are no grid"):
+        as_map(torch.zeros(2, 61, 48), feature)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (9, 13), (4, 4), (3, 4)])
+def test_reduction(size: tuple[int, int]) -> None:
+    value = torch.randn(2, 3, *size)
+    reduced = reduce_to(value, (4, 4))
+    assert reduced.shape[-2] <= max(4, 4)
+    torch.testing.assert_close(reduce_to(torch.ones(2, 3, *size), (4, 4)).mean(), torch.tensor(1.0))

@@ -1,0 +1,101 @@
+"""Dry runs: fake where possible, the real model put back where not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tests import zoo
+from tests.zoo import Small, assert_equal, gradients
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from glcan.dryrun import dry_run, fake_copy
+from glcan.errors import GradientLeak
+
+
+def test_a_fake_copy_keeps_ties_and_modes() -> None:
+    model = Small()
+    model.c.a.weight = model.a.a.weight
+    model.b.eval()
+    model.d.requires_grad_(False)
+    twin, batch = fake_copy(model, {"x": [zoo.images(2, 8)], "n": 3}, FakeTensorMode(allow_non_fake_inputs=True))
+    assert all(isinstance(t, FakeTensor) for t in (*twin.parameters(), *twin.buffers(), batch["x"][0]))
+    assert batch["n"] == 3
+    assert twin.c.a.weight is twin.a.a.weight
+    assert not twin.b.training
+    assert [p.requires_grad for p in twin.parameters()] == [p.requires_grad for p in model.parameters()]
+    assert [n for n, _ in twin.named_parameters()] == [n for n, _ in model.named_parameters()]
+    assert not any(isinstance(p, FakeTensor) for p in model.parameters())
+
+
+def test_what_a_fake_run_gives() -> None:
+    model = Small()
+    batch = (zoo.images(2, 8),)
+    rng = torch.get_rng_state()
+
+    def use(twin: nn.Module, batch: Any) -> tuple[int, ...]:
+        twin(batch[0]).sum().backward()
+        torch.rand(3)
+        return tuple(twin(batch[0]).shape)
+
+    assert dry_run(model, batch, use) == (2, 10)
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert not gradients(model)
+    assert model.a.norm.num_batches_tracked == 0
+
+
+def test_the_real_run_is_undone() -> None:
+    model, batch = Small(), zoo.images(2, 8)
+    model.head.weight.grad = mine = torch.ones_like(model.head.weight)
+    before = {name: b.clone() for name, b in model.named_buffers()}
+    kept, rng = batch.clone(), torch.get_rng_state()
+
+    def use(twin: nn.Module, given: Tensor) -> float:
+        given.add_(1)
+        loss = twin(given).sum()
+        loss.item()
+        assert not gradients(twin)
+        loss.backward()
+        twin.eval()
+        torch.rand(3)
+        return 1.5
+
+    assert dry_run(model, batch, use) == 1.5
+    assert torch.equal(batch, kept)
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert_equal(dict(model.named_buffers()), before)
+    assert model.head.weight.grad is mine
+    assert len(gradients(model)) == 1
+    assert all(m.training for m in model.modules())
+
+
+def test_errors_of_the_real_run_come_through_and_are_undone() -> None:
+    model = Small()
+
+    def use(twin: nn.Module, batch: Tensor) -> None:
+        twin(batch)
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        dry_run(model, zoo.images(2, 8), use)
+    assert model.a.norm.num_batches_tracked == 0
+
+
+def test_a_leak_is_not_looked_for_twice() -> None:
+    seen = []
+
+    def use(twin: nn.Module, batch: Tensor) -> None:
+        seen.append(type(batch))
+        raise GradientLeak("found")
+
+    with pytest.raises(GradientLeak):
+        dry_run(Small(), zoo.images(2, 8), use)
+    assert seen == [FakeTensor]
+
+
+def test_a_model_that_cannot_be_copied_is_run_for_real() -> None:
+    model = Small()
+    model.state = model.stem.weight * 2  # no leaf: deepcopy refuses it
+    assert dry_run(model, zoo.images(2, 8), lambda m, b: m is model and type(b) is Tensor)
