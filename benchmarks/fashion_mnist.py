@@ -38,13 +38,14 @@ def main() -> None:
     parser.add_argument("--channels-last", action="store_true", default=None, help="doubles the speed on CPUs")
     parser.add_argument("--out", type=Path, default=Path("runs") / NAME, help="where the runs go, and are continued")
     parser.add_argument("--results", type=Path, default=RESULTS, help=f"default: {RESULTS}")
+    parser.add_argument("--share-exact", action="store_true", help="do not train checkpointing, only meter it")
     options = parser.parse_args()
 
     names = ("epochs", "batch", "lr", "limit", "data_root", "device", "channels_last")
     changes = {name: value for name in names if (value := getattr(options, name)) is not None}
     try:
         config = load_recipe(options.recipe, **changes)
-        compare(config, options.methods, options.seeds, options.out)
+        compare(config, options.methods, options.seeds, options.out, share_exact=options.share_exact)
     except GlcanError as error:
         print(error, file=sys.stderr)
         sys.exit(2)

@@ -215,6 +215,16 @@ class InPlaceGlue(Small):
         return self.d(x)
 
 
+class SetItem(Small):
+    """The only operation that changes an older tensor gives nothing back."""
+
+    def body(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        y = self.b(x * 1)
+        x[:, 1] = y[:, 0]
+        return self.d(self.c(x * 1) + x)
+
+
 class BufferWrittenThroughAView(Small):
     def body(self, x: Tensor) -> Tensor:
         x = self.a(x)
@@ -270,6 +280,7 @@ MODELS = [
     Listed,
     InPlaceUnit,
     InPlaceGlue,
+    SetItem,
     BufferWrittenThroughAView,
     Dropout,
     Tied,
@@ -353,10 +364,32 @@ class CheckpointOverACut(Small):
         return checkpoint_sequential([self.a, self.b, self.c, self.d], 2, x, use_reentrant=False)
 
 
-@pytest.mark.parametrize("model", [CheckpointInside, CheckpointAround, CheckpointOverACut])
+class CheckpointOverACutOfLinears(CheckpointOverACut):
+    """A linear layer saves its weight only if its input needs a gradient, so a recomputation must tell the blocks."""
+
+    class unit(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(torch.tanh(self.a(x)))
+
+
+class LinearsAround(CheckpointOverACutOfLinears):
+    body = CheckpointAround.body
+
+
+@pytest.mark.parametrize(
+    "model",
+    [CheckpointInside, CheckpointAround, CheckpointOverACut, CheckpointOverACutOfLinears, LinearsAround],
+)
 @pytest.mark.parametrize("cuts", [["b", "c", "d"], ["c"], ["b", "d"]], ids=",".join)
 def test_checkpointing_in_the_model(model: type[Small], cuts: list[str]) -> None:
-    plain = Small()
+    class Plain(Small):
+        unit = Residual if issubclass(model.unit, Residual) else model.unit
+
+    plain = Plain()
     plain.eval()  # a recomputation updates the statistics of batch normalisation again
     checkpointing = model()
     checkpointing.load_state_dict(plain.state_dict())
@@ -632,6 +665,29 @@ def test_nothing_is_kept_alive_after_a_run() -> None:
             assert memory.current["activations"] == 0, "no reference cycles either"
     finally:
         gc.enable()
+
+
+def test_nothing_is_kept_alive_after_an_exception() -> None:
+    model, batch = SkipOverACut(), zoo.images(2, 8)
+    found = profile(model, (batch,))
+    isolation = Isolation(model, found.names, ["c", "d"], lambda b: None, {c: found.crossing[c] for c in ("c", "d")})
+    model.c.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError), isolation:
+        model(batch)
+    assert found.crossing["d"]
+    assert not isolation._kept
+
+
+def test_tensors_of_another_run_are_nobodys() -> None:
+    kept: list[Tensor] = []
+    model = Small()
+    with Isolation(model, Small.units, ["b"], lambda b: kept.extend(b.entering)):
+        model(zoo.images(2, 8))
+    other = Isolation(model, Small.units, ["b"])
+    with other:
+        model(zoo.images(2, 8))
+        assert other.block == 1
+        assert other.twin(kept[0]) is kept[0]
 
 
 def test_one_model_inside_another_isolation_of_its_own() -> None:

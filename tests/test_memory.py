@@ -132,6 +132,20 @@ def test_kinds_of_optimizers_and_auxiliary_networks() -> None:
     assert again.current == memory.current
 
 
+def test_temporaries_of_an_optimizer_are_its_own() -> None:
+    model = nn.Linear(300, 300)
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
+    for _ in range(2):
+        with LiveMemory(model, optimizers=[optimizer]) as memory:
+            model(torch.ones(1, 300)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    size = 4 * (300 * 300 + 300)
+    assert memory.by_kind["optimizer_state"] >= 3 * size, "two moments, and at least one temporary"
+    assert memory.by_kind["activations"] == 0
+    assert memory.activation_peak_bytes < 10_000
+
+
 def test_views_and_shared_storage_count_once_and_rounding_rounds_up() -> None:
     x = torch.zeros(100)
     with LiveMemory(inputs=(x, x[:50], {"y": x.view(10, 10)}), round_to=512) as memory:

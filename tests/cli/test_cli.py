@@ -263,9 +263,14 @@ def test_compare_hands_over_what_was_given(glcan, tmp_path, monkeypatch):
     assert "the table" in quiet.output
     (config, methods, seeds, out), options = calls[0]
     assert (config, methods, seeds) == (RunConfig(), ["e2e", "checkpoint", "glcan:4"], [0])
-    assert (str(out), options) == ("runs/compare-digits-cifar_resnet20", {"progress": True})
+    assert (str(out), options) == ("runs/compare-digits-cifar_resnet20", {"progress": True, "share_exact": False})
     (config, methods, seeds, out), options = calls[1]
-    assert (config.lr, methods, seeds, options) == (0.2, ["e2e", "glcan:2"], [3, 4], {"progress": False})
+    assert (config.lr, methods, seeds, options) == (
+        0.2,
+        ["e2e", "glcan:2"],
+        [3, 4],
+        {"progress": False, "share_exact": False},
+    )
     refused = glcan("compare", "--seeds", "one")
     assert refused.exit_code == 2
     assert "--seeds 'one' is no list of whole numbers" in refused.stderr

@@ -76,3 +76,10 @@ def test_gradients_reach_every_parameter():
 def test_impossible_sizes_are_refused(options):
     with pytest.raises(ConfigError, match="must be"):
         CifarResNet(**options)
+
+
+def test_zero_init_residual_begins_as_the_identity():
+    model = CifarResNet(20, zero_init_residual=True).eval()
+    x = torch.rand(2, 16, 8, 8)  # not negative, as what a block gets from the one before
+    assert torch.equal(model.layer1(x), x)
+    assert not torch.equal(CifarResNet(20).eval().layer1(x), x)

@@ -24,6 +24,10 @@ def compare(
         Path | None, typer.Option(help="Directory of the comparison; default: a new one under runs/.")
     ] = None,
     recipe: Recipe = None,
+    share_exact: Annotated[
+        bool,
+        typer.Option("--share-exact", help="Do not train checkpointing, which computes what e2e does; only meter it."),
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress, only the result.")] = False,
     *,
     given: dict[str, Any],
@@ -46,6 +50,6 @@ def compare(
     if out is None:
         out = free_folder(f"compare-{Path(config.data).name}-{config.model}".replace("/", "_").replace(":", "."))
     names = [name.strip() for name in methods.split(",") if name.strip()]
-    result = run_comparison(config, names, numbers, out, progress=not quiet)
+    result = run_comparison(config, names, numbers, out, progress=not quiet, share_exact=share_exact)
     if quiet:
         Console(highlight=False).print(terminal(result))

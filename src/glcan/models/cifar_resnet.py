@@ -64,12 +64,16 @@ class CifarResNet(nn.Module):
         num_classes: outputs.
         in_channels: channels of the images (1 for Fashion-MNIST).
         width: channels of the first stage (16 in the paper); the others have 2 and 4 times as many.
+        zero_init_residual: begin with every residual block as the identity (its last BatchNorm's weight at 0; Goyal et
+            al. 2017, arXiv 1706.02677, section 5.1). Not in the paper.
 
     Raises:
         ConfigError: a depth that is not 6n+2, or a width below 1.
     """
 
-    def __init__(self, depth: int, num_classes: int = 10, in_channels: int = 3, width: int = 16) -> None:
+    def __init__(
+        self, depth: int, num_classes: int = 10, in_channels: int = 3, width: int = 16, zero_init_residual: bool = False
+    ) -> None:
         super().__init__()
         blocks, rest = divmod(depth - 2, 6)
         if blocks < 1 or rest:
@@ -85,6 +89,8 @@ class CifarResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            elif isinstance(module, BasicBlock) and zero_init_residual:
+                nn.init.zeros_(module.bn2.weight)
         nn.init.zeros_(self.fc.bias)
 
     @staticmethod

@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from glcan import rules
 from glcan.errors import ConfigError, RunError
 from glcan.learner import LocalLearner
 from glcan.memory import StepCost, measure_step
@@ -31,7 +32,13 @@ DOCUMENT = "comparison.md"
 
 
 def compare(
-    config: RunConfig, methods: Sequence[str], seeds: Sequence[int], out: Path, *, progress: bool = True
+    config: RunConfig,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    out: Path,
+    *,
+    progress: bool = True,
+    share_exact: bool = False,
 ) -> Comparison:
     """Train every method with every seed, meter one step of each, and write down how they compare.
 
@@ -48,6 +55,8 @@ def compare(
         seeds: of the initial weights, the order of the images and their augmentation; one run each.
         out: new, empty, or the directory of this comparison.
         progress: report progress on standard error and print the table.
+        share_exact: do not train the methods that compute what ``"e2e"`` does (checkpointing), but give them its
+            metric, marked as such; their costs are measured all the same.
 
     Returns:
         What ``comparison.json`` holds. Beside it are ``comparison.md`` and the two plots.
@@ -76,11 +85,18 @@ def compare(
     write_json(out / REQUEST, request)
     summaries: dict[str, list[Summary]] = {method.name: [] for method in parsed}
     curves: dict[str, list[list[dict[str, Any]]]] = {method.name: [] for method in parsed}
-    for i, (seed, method) in enumerate(itertools.product(seeds, parsed)):
-        console.print(f"{method.name}, seed {seed} ({i + 1} of {len(seeds) * len(parsed)} runs)", style="bold")
+    end_to_end = next((method for method in parsed if method.rule == "e2e"), None)
+    shared = [m for m in parsed if share_exact and end_to_end is not None and rules.RULES[m.rule].exact]
+    trained = [method for method in parsed if method not in shared]
+    for i, (seed, method) in enumerate(itertools.product(seeds, trained)):
+        console.print(f"{method.name}, seed {seed} ({i + 1} of {len(seeds) * len(trained)} runs)", style="bold")
         folder = out / method.folder / f"seed{seed}"
         summaries[method.name].append(train(configs[seed][method], folder, resume=True, progress=progress))
         curves[method.name].append(read_metrics(folder))
+
+    for method in shared:
+        assert end_to_end is not None
+        summaries[method.name], curves[method.name] = summaries[end_to_end.name], curves[end_to_end.name]
 
     console.print("memory and time of a step, methods taking turns", style="bold")
     costs, seconds, batch = _costs(configs[seeds[0]])
@@ -92,6 +108,7 @@ def compare(
             costs[method.name],
             seconds[method.name],
             bool(config.val),
+            "e2e" if method in shared else None,
         )
         for method in parsed
     ]
@@ -228,6 +245,7 @@ def _result(
     cost: StepCost,
     seconds: list[float],
     validated: bool,
+    same_as: str | None,
 ) -> MethodResult:
     first = summaries[0]
     values = [summary.metric.value for summary in summaries]
@@ -237,6 +255,7 @@ def _result(
         "mean": statistics.fmean(values),
         "std": statistics.stdev(values) if len(values) > 1 else None,
         "values": values,
+        "same_as": same_as,
     }
     quarters = statistics.quantiles(seconds, n=4, method="inclusive")
     return {

@@ -13,6 +13,7 @@ class Metric(TypedDict):
     mean: float
     std: float | None  # the sample standard deviation over seeds; None with one seed
     values: list[float]  # in the order of the comparison's seeds
+    same_as: str | None  # the method whose runs these are, if this one was not trained itself
 
 
 class VersusE2E(TypedDict):

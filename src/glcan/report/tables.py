@@ -12,6 +12,7 @@ from glcan.report.results import Comparison, MethodResult, Metric
 
 NOTES = (
     "Metric: after the last epoch, mean ± sample standard deviation over the seeds; Δ: mean minus that of e2e.",
+    "=: the metric of e2e, whose numbers the method computes bit for bit; it was not trained again.",
     "(×): ratio to e2e; for the step the median over interleaved rounds of the ratio within a round.",
     "Peak memory: live bytes of one training step; activations: what is kept for backward or in flight, at its peak.",
 )
@@ -115,7 +116,7 @@ def _scaled(value: float, base: int, units: tuple[str, ...]) -> str:
 def _row(method: MethodResult) -> list[str]:
     metric, versus = method["metric"], method["vs_e2e"]
     scale = metric_scale(metric["unit"])
-    value = f"{scale * metric['mean']:.2f}"
+    value = ("= " if metric["same_as"] else "") + f"{scale * metric['mean']:.2f}"
     if metric["std"] is not None:
         value += f" ± {scale * metric['std']:.2f}"
     peak = format_bytes(method["peak_bytes"])

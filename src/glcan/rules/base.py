@@ -92,6 +92,8 @@ class Rule(ABC):
     tasks: ClassVar[tuple[str, ...]]
     local: ClassVar[bool] = True
     """Whether the model is cut into blocks (False for the baselines)."""
+    exact: ClassVar[bool] = False
+    """Whether it computes what end-to-end back-propagation does, bit for bit on the CPU (checkpointing)."""
 
     @dataclasses.dataclass(frozen=True)
     class Config:

@@ -27,6 +27,7 @@ class Checkpoint(EndToEnd):
 
     name: ClassVar[str] = "checkpoint"
     summary: ClassVar[str] = "end-to-end with activation checkpointing of each unit (baseline)"
+    exact: ClassVar[bool] = True
 
     def running(self, model: nn.Module, profile: Profile) -> contextlib.AbstractContextManager[Any]:
         return checkpointed(model, segments_of(profile))
@@ -37,6 +38,7 @@ class CheckpointSqrt(EndToEnd):
 
     name: ClassVar[str] = "checkpoint-sqrt"
     summary: ClassVar[str] = "end-to-end with activation checkpointing of about sqrt(n) segments (baseline)"
+    exact: ClassVar[bool] = True
 
     def running(self, model: nn.Module, profile: Profile) -> contextlib.AbstractContextManager[Any]:
         return checkpointed(model, segments_of(profile, square_root(profile)))
