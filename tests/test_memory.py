@@ -143,7 +143,6 @@ def test_temporaries_of_an_optimizer_are_its_own() -> None:
     size = 4 * (300 * 300 + 300)
     assert memory.by_kind["optimizer_state"] >= 3 * size, "two moments, and at least one temporary"
     assert memory.by_kind["activations"] == 0
-    assert memory.activation_peak_bytes < 10_000
 
 
 def test_views_and_shared_storage_count_once_and_rounding_rounds_up() -> None:
