@@ -277,11 +277,13 @@ def test_compare_hands_over_what_was_given(glcan, tmp_path, monkeypatch):
 
 
 def test_compare(glcan, tmp_path):
-    arguments = ["--limit", 64, "--batch", 32, "--epochs", 1, "--device", "cpu", "--methods", "e2e,glcan:2"]
-    result = glcan("compare", *arguments, "--out", tmp_path)
+    arguments = ["--limit", 64, "--batch", 32, "--epochs", 1, "--device", "cpu", "--share-exact"]
+    result = glcan("compare", *arguments, "--methods", "e2e,glcan:2,checkpoint", "--out", tmp_path)
     assert result.exit_code == 0, result.output
     comparison = json.loads((tmp_path / "comparison.json").read_text())
-    assert [method["name"] for method in comparison["methods"]] == ["e2e", "glcan:2"]
+    assert [method["name"] for method in comparison["methods"]] == ["e2e", "glcan:2", "checkpoint"]
+    assert [method["metric"]["same_as"] for method in comparison["methods"]] == [None, None, "e2e"]
+    assert not (tmp_path / "checkpoint").exists()
     assert comparison["methods"][1]["vs_e2e"]["activation_ratio"] < 1
 
 

@@ -10,7 +10,14 @@ def method(name: str, blocks: int, mean: float, std: float | None, scale: float)
     return {
         "name": name,
         "blocks": blocks,
-        "metric": {"name": "test_accuracy", "unit": "fraction", "mean": mean, "std": std, "values": [mean] * seeds, "same_as": None},
+        "metric": {
+            "name": "test_accuracy",
+            "unit": "fraction",
+            "mean": mean,
+            "std": std,
+            "values": [mean] * seeds,
+            "same_as": None,
+        },
         "peak_bytes": int(100 * 2**20 * scale),
         "activation_peak_bytes": int(80 * 2**20 * scale),
         "by_kind": {"activations": int(80 * 2**20 * scale)},
