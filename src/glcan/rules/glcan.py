@@ -116,7 +116,7 @@ class GLCAN(Rule):
     def _skeleton(self, site: Site, feature: Feature, levels: list[_Level]) -> Skeleton:
         weighted = sum(unit.weights > 0 for unit in site.profile.units)
         share = site.profile.flops * max(
-            self.config.budget / max(1, site.plan.blocks - 1), self.config.unit_share / max(1, weighted)
+            self.config.budget / max(1, site.blocks - 1), self.config.unit_share / max(1, weighted)
         )
         if self.config.width is not None:
             widths = _widths(levels, self.config.width)
