@@ -25,7 +25,7 @@ from glcan.profile import Profile, Unit
 from glcan.rules.base import Rule, Site
 from glcan.tasks.base import Task
 
-__all__ = ["AuxiliaryCost", "Estimate", "auxiliary_costs", "backward_bytes"]
+__all__ = ["AuxiliaryCost", "Estimate", "Piece", "auxiliary_costs", "measure_pieces"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,23 +43,38 @@ class AuxiliaryCost:
     parameters: int
 
 
-def backward_bytes(model: nn.Module, args: Any, kwargs: Any, profile: Profile) -> dict[str, int]:
-    """What the backward pass of each unit with weights needs at its peak, beyond what the unit saves.
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """What a piece of the model between two places to cut needs when it is trained by itself.
 
-    The model is cut at every place, and each piece trained by itself. Empty where the model does not allow that.
+    Attributes:
+        backward_bytes: peak beyond what enters the piece and what it saves.
+        cut_flops: FLOPs that are saved when a block begins here, because nobody wants the gradient of what enters.
     """
 
-    def run(model: nn.Module, batch: tuple[Any, Any]) -> dict[str, int]:
+    backward_bytes: int
+    cut_flops: int
+
+
+def measure_pieces(model: nn.Module, args: Any, kwargs: Any, profile: Profile) -> dict[str, Piece]:
+    """Every piece, by the name of its first unit, from a dry run in which the model is cut at every place.
+
+    Empty where the model does not allow that.
+    """
+
+    def run(model: nn.Module, batch: tuple[Any, Any]) -> dict[str, tuple[int, int]]:
         meter = LiveMemory(model, inputs=batch)
-        peaks: dict[str, int] = {}
+        found: dict[str, tuple[int, int]] = {}
+        before = 0
 
         def train(unit: str, tensors: tuple[Tensor, ...]) -> None:
+            nonlocal before
             norms = [torch.linalg.vector_norm(t.float()) for t in tensors if t.requires_grad]
             if norms:
                 torch.stack(norms).sum().backward()
             for parameter in model.parameters():
                 parameter.grad = None
-            peaks[unit] = meter.lap()[1]
+            found[unit], before = (meter.lap()[1], meter.flops - before), meter.flops
 
         starts = ["", *profile.cuttable]
         isolation = Isolation(
@@ -73,21 +88,25 @@ def backward_bytes(model: nn.Module, args: Any, kwargs: Any, profile: Profile) -
             output = model(*batch[0], **batch[1])
             with isolation.replay():
                 train(starts[isolation.block], tuple(isolation.twin(t) for t in tensors_in(output)))
-        return peaks
+        return found
 
     if not profile.cuttable:
         return {}
     try:
-        peaks = dry_run(model, (args, kwargs), run)
+        measured = dry_run(model, (args, kwargs), run)
     except (GlcanError, RuntimeError):
         return {}
     places = cut_places(profile)
-    found: dict[str, int] = {}
+    pieces: dict[str, Piece] = {}
     for start, end, unit in zip(places[:-1], places[1:], ["", *profile.cuttable], strict=True):
+        peak, flops = measured.get(unit, (0, 0))
         saved = sum(u.saved_bytes for u in profile.units[start:end])
         entering = sum(f.bytes for f in profile.units[start].entering) if start else 0
-        found[profile.units[start].name] = max(0, peaks.get(unit, 0) - saved - entering)
-    return found
+        whole = 3 * sum(u.flops for u in profile.units[start:end])
+        pieces[profile.units[start].name] = Piece(
+            max(0, peak - saved - entering), max(0, whole - flops) if start and flops else 0
+        )
+    return pieces
 
 
 def auxiliary_costs(
@@ -125,31 +144,28 @@ class Estimate:
 
     Args:
         profile: of the model.
-        backward: what `backward_bytes` gave; units that are missing there need twice their output.
+        pieces: what `measure_pieces` gave; a piece that is missing there needs twice its output.
         auxiliary: what `auxiliary_costs` gave; empty for none.
     """
 
     def __init__(
         self,
         profile: Profile,
-        backward: Mapping[str, int] | None = None,
+        pieces: Mapping[str, Piece] | None = None,
         auxiliary: Mapping[str, AuxiliaryCost] | None = None,
     ) -> None:
         self.profile = profile
         self.auxiliary = auxiliary or {}
         self._places = cut_places(profile)
-        pieces = [profile.units[a:b] for a, b in itertools.pairwise(self._places)]
-        self._saved = [sum(u.saved_bytes for u in piece) for piece in pieces]
-        self._kept = [
-            sum(f.bytes for u in piece[1:] for f in u.entering if u.weights) for piece in pieces
-        ]  # by recomputation
-        self._gradients = [4 * sum(u.parameters for u in piece) for piece in pieces]
-        self._flops = [sum(u.flops for u in piece) for piece in pieces]
-        self._entering = [sum(f.bytes for f in piece[0].entering) if i else 0 for i, piece in enumerate(pieces)]
-        self._backward = [
-            (backward or {}).get(piece[0].name, 2 * (piece[-1].output.bytes if piece[-1].output else 0))
-            for piece in pieces
-        ]
+        runs = [profile.units[a:b] for a, b in itertools.pairwise(self._places)]
+        self._saved = [sum(u.saved_bytes for u in run) for run in runs]
+        self._output = [run[-1].output.bytes if run[-1].output else 0 for run in runs]
+        self._gradients = [4 * sum(u.parameters for u in run) for run in runs]
+        self._flops = [sum(u.flops for u in run) for run in runs]
+        self._entering = [sum(f.bytes for f in run[0].entering) if i else 0 for i, run in enumerate(runs)]
+        known = [(pieces or {}).get(run[0].name) for run in runs]
+        self._backward = [p.backward_bytes if p else 2 * out for p, out in zip(known, self._output, strict=True)]
+        self._cut_flops = [p.cut_flops if p else 0 for p in known]
         self.block_bytes: BlockCost = functools.cache(self._block_bytes)
         self.recomputed_bytes: BlockCost = functools.cache(self._recomputed_bytes)
 
@@ -167,17 +183,20 @@ class Estimate:
         return self._entering[i] + max(inside, saved + self._after(j))
 
     def _recomputed_bytes(self, i: int, j: int) -> int:
-        """The same where each unit's activations are recomputed, so that only what enters the units is kept."""
-        kept, inside = 0, 0
+        """The same where each unit's activations are recomputed, so that only what enters the units is kept.
+
+        What the block hands on is alive all the time; a unit that saves it otherwise makes it a second time here.
+        """
+        kept, inside = self._output[j - 1] if j < len(self._saved) else 0, 0
         for k in range(i, j):
-            kept += (self._entering[k] if k > i else 0) + self._kept[k]
+            kept += self._entering[k] if k > i else 0
             inside = max(inside + self._gradients[k], kept + self._saved[k] + self._backward[k])
         return self._entering[i] + max(inside, kept + self._after(j))
 
-    def block_flops(self, i: int, j: int) -> int:
-        """Forward and backward FLOPs of the auxiliary network of the block from place i to place j."""
+    def extra_flops(self, i: int, j: int) -> int:
+        """FLOPs of the block from place i to place j beyond its share of end-to-end training; may be negative."""
         cost = self.auxiliary.get(self.profile.units[self._places[j]].name) if j < len(self._saved) else None
-        return cost.flops if cost else 0
+        return (cost.flops if cost else 0) - self._cut_flops[i]
 
     def forward_flops(self, i: int, j: int) -> int:
         """Forward FLOPs of the block's units: what recomputing them costs."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +16,14 @@ from glcan import rules, tasks
 from glcan.checkpointing import checkpointed, segments_of
 from glcan.dryrun import dry_run
 from glcan.errors import CheckpointError, ConfigError, CutError, GradientLeak
-from glcan.estimate import Estimate, auxiliary_costs, backward_bytes
+from glcan.estimate import Estimate, auxiliary_costs, measure_pieces
 from glcan.isolation import Boundary, Isolation, leaked_parameters, tensors_in
 from glcan.plan import Plan, make_plan
 from glcan.profile import Feature, Profile, profile, read_feature
 from glcan.rules import Site
+
+if TYPE_CHECKING:
+    from glcan.planner import Forecast
 
 __all__ = ["LocalLearner"]
 
@@ -55,11 +58,14 @@ class LocalLearner:
         leak_check: look for gradients that cross a cut (walks the autograd graph once).
         recompute: activation checkpointing inside blocks: True for all of them, or the blocks' names ("block1"). Only
             what enters each unit is kept, and the auxiliary networks' units are recomputed too.
+        memory: a budget for the peak of a step, such as "8GiB", in place of blocks, cuts and recompute: the cheapest
+            plan that fits (see `glcan.plan`). "auto": what the model's CUDA device has free, less a tenth.
 
     Attributes:
         model: the user's own object.
         auxiliary: ``nn.ModuleDict`` by block name; all that was added.
         plan, profile, rule, task: see their classes.
+        forecast: what the step was predicted to cost, with ``memory``; else None.
         optimizers: one for each block that has trainable parameters (and one for tied parameters, see below).
         after_block: if set, called with a block's name when it has been trained, before the next one begins.
 
@@ -87,6 +93,7 @@ class LocalLearner:
         clip_norm: float | None = None,
         leak_check: bool = True,
         recompute: bool | Sequence[str] = False,
+        memory: str | int | None = None,
     ) -> None:
         if sample is None:
             raise ConfigError("sample is missing; give a batch such as sample=(images, labels), which is run once.")
@@ -104,6 +111,27 @@ class LocalLearner:
         self.autocast = autocast
         self.clip_norm = clip_norm
         batch = tuple(sample)
+        self.forecast: Forecast | None = None
+        if memory is not None:
+            from glcan import planner  # stands on the learner, whose steps it predicts
+
+            self.forecast = planner.plan(
+                model,
+                self.task,
+                batch,
+                blocks=blocks,
+                cuts=cuts,
+                memory=planner.free_bytes(model) if memory == "auto" else memory,
+                units=units,
+                rule=self.rule,
+                optimizer=optimizer,
+                autocast=autocast,
+                recompute=recompute,
+                baselines=(),
+            )
+            if self.rule.local:
+                cuts, recompute = self.forecast.plan.cuts or None, self.forecast.plan.recompute
+                blocks = None if cuts else 1
         args, kwargs = self.task.arguments(batch)
         self.profile: Profile = profile(model, args, kwargs, units=units)
         self.task.prepare(self.profile.output, batch)
@@ -153,14 +181,14 @@ class LocalLearner:
             cost = None
             if cuts is None and blocks is not None and 1 < blocks <= len(self.profile.cuttable):
                 args, kwargs = self.task.arguments(batch)
-                backward = backward_bytes(self.model, args, kwargs, self.profile)
+                pieces = measure_pieces(self.model, args, kwargs, self.profile)
                 auxiliary = auxiliary_costs(self.rule, self.model, self.profile, self.task, batch, blocks)
-                cost = Estimate(self.profile, backward, auxiliary).block_bytes
+                cost = Estimate(self.profile, pieces, auxiliary).block_bytes
             return make_plan(self.profile, blocks=blocks, cuts=cuts, cost=cost, recompute=recompute)
         if recompute:
             raise ConfigError(
-                f"recompute={recompute!r} is for blocks, and the baseline {self.rule.name!r} has none; leave it out, or "
-                "choose the baseline 'checkpoint'."
+                f"recompute={recompute!r} is for blocks, and the baseline {self.rule.name!r} has none; leave it out, "
+                "or choose the baseline 'checkpoint'."
             )
         if blocks not in (None, 1) or cuts:
             raise CutError(
