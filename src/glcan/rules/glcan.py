@@ -59,8 +59,9 @@ class GLCAN(Rule):
             unit_share: each auxiliary network may cost this share of the model's average unit even where the budget
                 would give it less, as with many blocks.
             unit_cost: each unit of the skeleton may cost this share of the real unit that it stands for; 0: no limit.
-            memory: bytes that an auxiliary network may keep, in multiples of the tensor that it reads. With 2, it never
-                sets the peak: the backward pass of the block's own last unit needs as much.
+            memory: bytes that an auxiliary network may hold, in multiples of the model's largest boundary. With 2, it
+                hardly ever sets the peak: the backward pass of a block that ends at that boundary needs as much anyway.
+            depth: of the skeleton, at least: with fewer stages to come, the last one's unit is repeated.
             use_local: the local branch.
             use_global: the global branch.
             width: channels of the skeleton's units as a share of the real stages'; none: solved for the budget.
@@ -70,10 +71,11 @@ class GLCAN(Rule):
                 ``unit="backbone"``; none: no exchange.
         """
 
-        budget: float = 0.09
-        unit_share: float = 0.4
+        budget: float = 0.07
+        unit_share: float = 0.6
         unit_cost: float = 0.5
         memory: float = 2.0
+        depth: int = 2
         use_local: bool = True
         use_global: bool = True
         width: float | None = None
@@ -89,8 +91,10 @@ class GLCAN(Rule):
                 raise ConfigError(f"glcan.unit_share is {self.unit_share}; it must lie in [0, 10], 0 for none.")
             if not 0 <= self.unit_cost <= 10:
                 raise ConfigError(f"glcan.unit_cost is {self.unit_cost}; it must lie in [0, 10], 0 for no limit.")
+            if not 1 <= self.depth <= 16:
+                raise ConfigError(f"glcan.depth is {self.depth}; it must lie in 1 ... 16.")
             if not self.memory > 0:
-                raise ConfigError(f"glcan.memory is {self.memory}; it must be positive, 2 for twice the boundary.")
+                raise ConfigError(f"glcan.memory is {self.memory}; it must be positive, 2 for twice the largest boundary.")
             if not (self.use_local or self.use_global):
                 raise ConfigError("glcan.use_local and glcan.use_global are both off; leave at least one branch on.")
             if self.width is not None and not 0 < self.width <= 4:
@@ -117,7 +121,7 @@ class GLCAN(Rule):
         if self.config.use_global and self.config.unit == "backbone":
             skeleton = _BackboneSkeleton(site)
         elif self.config.use_global:
-            levels = skeleton_levels(site, feature)
+            levels = skeleton_levels(site, feature, self.config.depth)
             grid = levels[0].grid
             skeleton = self._skeleton(site, feature, levels)
         return _ClassificationAuxiliary(
@@ -132,7 +136,8 @@ class GLCAN(Rule):
         if self.config.width is not None:
             widths = _widths(feature.channels, levels, self.config.width, math.inf)
         else:
-            memory = self.config.memory * feature.bytes / site.profile.batch
+            largest = max(sum(f.bytes for f in site.profile.unit(name).entering) for name in site.profile.cuttable)
+            memory = self.config.memory * largest / site.profile.batch
             widths = fit_widths(
                 feature.channels, levels, share / site.profile.batch, memory, self.config.unit_cost or math.inf
             )
@@ -157,16 +162,15 @@ class GLCAN(Rule):
             skeleton.move_towards(model, self.config.momentum)
 
 
-def skeleton_levels(site: Site, feature: Feature) -> list[_Level]:
-    """The maps that the skeleton goes through: one for each remaining stage; in the last stage, that stage's own."""
-    to_come = site.to_come
-    if to_come:
-        return [_Level(f.grid, f.channels, _unit_flops(site, f.grid)) for f in to_come]
-    ahead = site.ahead or feature
-    h, w = feature.grid
-    # One unit at half the resolution: what is left of the stage changes no scale, and a map of it suffices.
-    grid = (math.ceil(h / 2), math.ceil(w / 2)) if min(h, w) > 4 else (h, w)
-    return [_Level(grid, ahead.channels, _unit_flops(site, feature.grid))]
+def skeleton_levels(site: Site, feature: Feature, depth: int) -> list[_Level]:
+    """The maps that the skeleton goes through: one for each remaining stage; in the last stage, that stage's own.
+
+    Where that makes fewer than ``depth``, the last one is repeated: the blocks of the last stages need a network
+    between them and their loss as well, or they give up for it what the blocks before them made.
+    """
+    stages = site.to_come or [site.ahead or feature]
+    levels = [_Level(f.grid, f.channels, _unit_flops(site, f.grid)) for f in stages]
+    return levels + levels[-1:] * (depth - len(levels))
 
 
 def _unit_flops(site: Site, grid: tuple[int, int]) -> float:
@@ -216,11 +220,11 @@ def skeleton_flops(channels: int, levels: list[_Level], widths: list[int]) -> in
 
 
 def skeleton_bytes(channels: int, levels: list[_Level], widths: list[int]) -> int:
-    """Activations per image that `Skeleton` keeps: its input, and two maps for each convolution."""
+    """Activations per image that `Skeleton` needs: its input, two maps for each convolution, and its largest gradients."""
     elements = channels * math.prod(levels[0].grid)
     elements += 2 * widths[0] * math.prod(levels[0].grid) if widths[0] < channels else 0
-    elements += sum(2 * width * math.prod(level.grid) for level, width in zip(levels, widths, strict=True))
-    return 4 * elements
+    maps = [width * math.prod(level.grid) for level, width in zip(levels, widths, strict=True)]
+    return 4 * (elements + 2 * sum(maps) + max(maps))
 
 
 def fit_widths(
