@@ -162,7 +162,8 @@ def test_recomputation_is_used_where_blocks_alone_do_not_fit() -> None:
     # one heavy stage of equal layers: recomputing keeps one map a layer
     network, sample = MODELS["vit"](), batch(32)
     smallest_plain = min(
-        glcan.plan(network, sample=sample, blocks=k, optimizer=OPTIMIZER, baselines=()).cost.peak_bytes for k in (4, 6, 7)
+        glcan.plan(network, sample=sample, blocks=k, optimizer=OPTIMIZER, baselines=()).cost.peak_bytes
+        for k in (4, 6, 7)
     )
     limit = int(0.97 * smallest_plain)
     found = glcan.plan(network, sample=sample, memory=limit, optimizer=OPTIMIZER)
@@ -234,15 +235,15 @@ def test_the_largest_batch_fits_and_one_more_does_not() -> None:
     def sample(count: int) -> Any:
         return task.example(count, 3, (32, 32))
 
-    found = {
-        row.method: row for row in largest_batches(network, task, sample, limit, blocks=(4,), optimizer=OPTIMIZER)
-    }
+    found = {row.method: row for row in largest_batches(network, task, sample, limit, blocks=(4,), optimizer=OPTIMIZER)}
     assert list(found) == ["e2e", "checkpoint", "checkpoint-sqrt", "glcan:4", "glcan:4+recompute"]
     assert found["glcan:4"].batch > 1.5 * found["e2e"].batch
     for name, options in {"e2e": {"rule": "e2e"}, "checkpoint": {"rule": "checkpoint"}}.items():
         row = found[name]
         for count, fits in ((row.batch, True), (row.batch + 1, False)):
-            peak = glcan.plan(network, sample=sample(count), optimizer=OPTIMIZER, baselines=(), **options).cost.peak_bytes
+            peak = glcan.plan(
+                network, sample=sample(count), optimizer=OPTIMIZER, baselines=(), **options
+            ).cost.peak_bytes
             assert (peak <= limit) is fits
         assert row.peak_bytes <= limit
 

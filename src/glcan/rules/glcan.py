@@ -94,7 +94,9 @@ class GLCAN(Rule):
             if not 1 <= self.depth <= 16:
                 raise ConfigError(f"glcan.depth is {self.depth}; it must lie in 1 ... 16.")
             if not self.memory > 0:
-                raise ConfigError(f"glcan.memory is {self.memory}; it must be positive, 2 for twice the largest boundary.")
+                raise ConfigError(
+                    f"glcan.memory is {self.memory}; it must be positive, 2 for twice the largest boundary."
+                )
             if not (self.use_local or self.use_global):
                 raise ConfigError("glcan.use_local and glcan.use_global are both off; leave at least one branch on.")
             if self.width is not None and not 0 < self.width <= 4:
@@ -220,7 +222,7 @@ def skeleton_flops(channels: int, levels: list[_Level], widths: list[int]) -> in
 
 
 def skeleton_bytes(channels: int, levels: list[_Level], widths: list[int]) -> int:
-    """Activations per image that `Skeleton` needs: its input, two maps for each convolution, and its largest gradients."""
+    """Activations per image that `Skeleton` needs: its input, two maps for each convolution, its largest gradient."""
     elements = channels * math.prod(levels[0].grid)
     elements += 2 * widths[0] * math.prod(levels[0].grid) if widths[0] < channels else 0
     maps = [width * math.prod(level.grid) for level, width in zip(levels, widths, strict=True)]
