@@ -121,6 +121,7 @@ def _described_factor(low: tuple[int, ...], high: tuple[int, ...]) -> str:
 
 
 def _described(batch: tuple[Any, ...]) -> str:
-    return ", ".join(
-        str(list(item.shape)) if isinstance(item, Tensor) else type(item).__name__ for item in batch
-    ) or "empty"
+    return (
+        ", ".join(str(list(item.shape)) if isinstance(item, Tensor) else type(item).__name__ for item in batch)
+        or "empty"
+    )
