@@ -61,7 +61,8 @@ def test_importing_models_does_not_load_spandrel():
 
 
 @pytest.mark.parametrize(
-    ("name", "near"), [("spandrel/SwinIR-lite", "SwinIR-light"), ("RCAN", "spandrel/RCAN"), ("edsr_base", "edsr_baseline")]
+    ("name", "near"),
+    [("spandrel/SwinIR-lite", "SwinIR-light"), ("RCAN", "spandrel/RCAN"), ("edsr_base", "edsr_baseline")],
 )
 def test_unknown_network_lists_near_names(name, near):
     with pytest.raises(UnknownName, match=near):

@@ -2,8 +2,8 @@
 
 Source: B. Lim, S. Son, H. Kim, S. Nah, K. M. Lee, "Enhanced Deep Residual Networks for Single Image Super-Resolution",
 CVPR Workshops 2017, arXiv 1707.02921, section 3 and table 1: a convolution, residual blocks (convolution, ReLU,
-convolution, times `res_scale`) with one more convolution, all skipped by the global shortcut, a sub-pixel upsampler (one
-step for x2 and x3, two for x4), a convolution. The mean of DIV2K's colours is taken off before and put back after.
+convolution, times `res_scale`) with one more convolution, all skipped by the global shortcut, a sub-pixel upsampler
+(one step for x2 and x3, two for x4), a convolution. The mean colour of DIV2K is taken off before and put back after.
 The names of parameters and buffers are those of the authors' code (sanghyun-son/EDSR-PyTorch), so its weights fit.
 
 | model | blocks x channels | x2 | x3 | x4 | paper |
@@ -32,7 +32,7 @@ def _conv(in_channels: int, out_channels: int) -> nn.Conv2d:
 
 
 class MeanShift(nn.Module):
-    """Adds ``sign * pixel_range * mean`` to the colours; buffers shaped as the frozen 1x1 convolution of the authors."""
+    """Adds ``sign * pixel_range * mean`` to the colours; as the authors' frozen 1x1 convolution does."""
 
     def __init__(self, mean: tuple[float, ...], pixel_range: float, sign: int) -> None:
         super().__init__()

@@ -55,9 +55,7 @@ _NETWORKS: dict[str, _Network] = {
     "HAT-S": _Network("HAT", "upscale", _HAT | {"embed_dim": 144, "compress_ratio": 24, "squeeze_factor": 24}),
     "DAT": _Network("DAT", "upscale", {"split_size": [8, 32], "depth": [6] * 6, "num_heads": [6] * 6}),
     "DRCT": _Network("DRCT", "upscale", _SHUFFLE),
-    "RGT": _Network(
-        "RGT", "upscale", {"split_size": [8, 32], "depth": [6] * 8, "num_heads": [6] * 8, "mlp_ratio": 2}
-    ),
+    "RGT": _Network("RGT", "upscale", {"split_size": [8, 32], "depth": [6] * 8, "num_heads": [6] * 8, "mlp_ratio": 2}),
     "ATD": _Network("ATD", "upscale", _HAT | {"embed_dim": 210, "num_tokens": 128, "reducted_dim": 20}),
     "CRAFT": _Network("CRAFT", "upscale", {}),
     "OmniSR": _Network("OmniSR", "up_scale", {"res_num": 5}),
