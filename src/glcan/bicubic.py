@@ -16,7 +16,7 @@ from torch import Tensor
 
 from glcan.errors import DataError
 
-__all__ = ["downsample", "shrink_pixels", "upsample"]
+__all__ = ["downsample", "mirrored", "shrink_pixels", "upsample"]
 
 _REACH = 2  # of the kernel to either side, in pixels of the coarser grid
 
@@ -59,14 +59,14 @@ def _resize(images: Tensor, size: tuple[int, int], before: int, after: int) -> T
     leading = images.shape[:-3]
     flat = images.reshape(-1, *images.shape[-3:])
     for dimension in (-2, -1):
-        flat = flat.index_select(dimension, _mirrored(flat.shape[dimension], before, flat.device))
+        flat = flat.index_select(dimension, mirrored(flat.shape[dimension], before, before, flat.device))
     target = [side + 2 * after for side in size]
     flat = F.interpolate(flat, target, mode="bicubic", antialias=True, align_corners=False)
     flat = flat[..., after : after + size[0], after : after + size[1]]
     return flat.reshape(*leading, *flat.shape[-3:])
 
 
-def _mirrored(size: int, margin: int, device: torch.device) -> Tensor:
-    """Indices of a row of `size` pixels, mirrored `margin` pixels beyond both ends, the end pixels repeated."""
-    around = torch.arange(-margin, size + margin, device=device) % (2 * size)
+def mirrored(size: int, before: int, after: int, device: torch.device) -> Tensor:
+    """Indices of a row of `size` pixels, mirrored beyond its ends by so many pixels, the end pixels repeated."""
+    around = torch.arange(-before, size + after, device=device) % (2 * size)
     return torch.minimum(around, 2 * size - 1 - around)
