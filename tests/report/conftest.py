@@ -57,6 +57,7 @@ def comparison() -> dict[str, Any]:
             method("checkpoint", 1, 0.95, 0.01, 0.5),
             method("glcan:4", 4, 0.94, 0.02, 0.25),
         ],
+        "references": [],
         "timing": {"batch": 64, "warmup_rounds": 2, "rounds": 7},
         "initial_weights_sha256": "0" * 64,
         "config": {},

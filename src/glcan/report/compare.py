@@ -21,9 +21,10 @@ from glcan.memory import StepCost, measure_step
 from glcan.report import tables
 from glcan.report.costs import WARMUP_ROUNDS, time_steps, weights_sha256
 from glcan.report.methods import Method, parse_methods
-from glcan.report.results import Comparison, Curve, MethodResult, Metric, VersusE2E
+from glcan.report.results import Comparison, Curve, MethodResult, Metric, Reference, VersusE2E
 from glcan.training import RunConfig, Summary, build, environment, load_data, read_metrics, train
 from glcan.training.checkpoint import write_atomically
+from glcan.training.evaluation import MEASURES
 from glcan.training.run import write_json
 
 REQUEST = "request.json"
@@ -120,6 +121,7 @@ def compare(
         "epochs": config.epochs,
         "seeds": list(seeds),
         "methods": results,
+        "references": _references(summaries[parsed[0].name][0]),
         "timing": {"batch": batch, "warmup_rounds": WARMUP_ROUNDS, "rounds": len(seconds[parsed[0].name])},
         "initial_weights_sha256": digest,
         "config": request["config"],
@@ -248,15 +250,7 @@ def _result(
     same_as: str | None,
 ) -> MethodResult:
     first = summaries[0]
-    values = [summary.metric.value for summary in summaries]
-    metric: Metric = {
-        "name": f"test_{first.metric.name}",
-        "unit": first.metric.unit,
-        "mean": statistics.fmean(values),
-        "std": statistics.stdev(values) if len(values) > 1 else None,
-        "values": values,
-        "same_as": same_as,
-    }
+    metric = _metric(first, [summary.metric.value for summary in summaries], same_as)
     quarters = statistics.quantiles(seconds, n=4, method="inclusive")
     return {
         "name": method.name,
@@ -277,13 +271,34 @@ def _result(
     }
 
 
+def _metric(summary: Summary, values: list[float], same_as: str | None = None) -> Metric:
+    return {
+        "name": f"test_{summary.metric.name}",
+        "unit": summary.metric.unit,
+        "mean": statistics.fmean(values),
+        "std": statistics.stdev(values) if len(values) > 1 else None,
+        "values": values,
+        "same_as": same_as,
+    }
+
+
+def _references(first: Summary) -> list[Reference]:
+    """What every run of the task measures beside its model."""
+    name = MEASURES[first.config.task].reference
+    if name is None:
+        return []
+    wanted = f"{name}_{first.metric.name}"
+    value = next(metric.value for metric in first.metrics if metric.name == wanted)  # the same for every seed
+    return [{"name": name, "metric": _metric(first, [value])}]
+
+
 def _curve(summary: Summary, records: list[list[dict[str, Any]]], validated: bool) -> Curve:
     """The validation metric over the epochs, or without validation data the loss of the last block in training."""
     name = f"val_{summary.metric.name}" if validated else "train_loss"
     last = f"block{summary.blocks}"
     return {
         "name": name,
-        "unit": summary.metric.unit if validated else "nats",
+        "unit": summary.metric.unit if validated else MEASURES[summary.config.task].units["loss"],
         "epochs": [record["epoch"] for record in records[0]],
         "values": [[record[name] if validated else record[name][last] for record in run] for run in records],
     }

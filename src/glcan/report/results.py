@@ -29,7 +29,7 @@ class VersusE2E(TypedDict):
 class Curve(TypedDict):
     """One quantity over the epochs of every run of a method."""
 
-    name: str  # "val_accuracy" or "train_loss"
+    name: str  # "val_accuracy", "val_psnr_y" or "train_loss"
     unit: str
     epochs: list[int]  # from 1
     values: list[list[float]]  # one list for each seed
@@ -55,6 +55,13 @@ class MethodResult(TypedDict):
     vs_e2e: VersusE2E | None  # None when the comparison has no end-to-end run
 
 
+class Reference(TypedDict):
+    """What no training was needed for, on the same test data with the same metric."""
+
+    name: str  # "bicubic"
+    metric: Metric
+
+
 class Timing(TypedDict):
     """How step times were taken: every method once in each round, in the order of the methods."""
 
@@ -72,6 +79,7 @@ class Comparison(TypedDict):
     epochs: int
     seeds: list[int]
     methods: list[MethodResult]
+    references: list[Reference]
     timing: Timing
     initial_weights_sha256: str  # of the first seed's model before training: one value, since all methods share it
     config: dict[str, Any]

@@ -8,7 +8,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from glcan.report.results import Comparison, MethodResult, Metric
+from glcan.report.results import Comparison, MethodResult, Metric, Reference
 
 NOTES = (
     "Metric: after the last epoch, mean ± sample standard deviation over the seeds; Δ: mean minus that of e2e.",
@@ -36,8 +36,10 @@ def columns(comparison: Comparison) -> list[str]:
 
 
 def rows(comparison: Comparison) -> list[list[str]]:
-    """One row for each method, as text, in the order of :func:`columns`: units in the cells, ratios in parentheses."""
-    return [_row(method) for method in comparison["methods"]]
+    """One row for each reference and method, in the order of :func:`columns`: text, ratios in parentheses."""
+    base = next((method["metric"]["mean"] for method in comparison["methods"] if method["name"] == "e2e"), None)
+    references = [_reference_row(reference, base) for reference in comparison["references"]]
+    return references + [_row(method) for method in comparison["methods"]]
 
 
 def title(comparison: Comparison) -> str:
@@ -113,12 +115,21 @@ def _scaled(value: float, base: int, units: tuple[str, ...]) -> str:
     return f"{value:.3g} {units[power]}"
 
 
+def _value(metric: Metric) -> str:
+    scale = metric_scale(metric["unit"])
+    value = ("= " if metric["same_as"] else "") + f"{scale * metric['mean']:.2f}"
+    return value if metric["std"] is None else f"{value} ± {scale * metric['std']:.2f}"
+
+
+def _reference_row(reference: Reference, base: float | None) -> list[str]:
+    metric = reference["metric"]
+    delta = "–" if base is None else f"{metric_scale(metric['unit']) * (metric['mean'] - base):+.2f}"
+    return [reference["name"], "–", _value(metric), delta, *["–"] * 5]
+
+
 def _row(method: MethodResult) -> list[str]:
     metric, versus = method["metric"], method["vs_e2e"]
     scale = metric_scale(metric["unit"])
-    value = ("= " if metric["same_as"] else "") + f"{scale * metric['mean']:.2f}"
-    if metric["std"] is not None:
-        value += f" ± {scale * metric['std']:.2f}"
     peak = format_bytes(method["peak_bytes"])
     activations = format_bytes(method["activation_peak_bytes"])
     step = _scaled(1e6 * method["step_seconds"], 1000, ("µs", "ms", "s"))
@@ -131,7 +142,7 @@ def _row(method: MethodResult) -> list[str]:
     return [
         method["name"],
         str(method["blocks"]),
-        value,
+        _value(metric),
         f"{scale * versus['metric_delta']:+.2f}" if versus else "–",
         peak,
         activations,

@@ -174,12 +174,12 @@ def upscale_picture(
     if picture.mode not in ("L", "LA", "RGB", "RGBA"):
         raise ConfigError(f"The picture has mode {picture.mode!r}; it must be L, LA, RGB or RGBA. Convert it.")
     device = next(model.parameters()).device
-    colours = _tensor(picture.convert("RGB"))[None].to(device)
+    colours = as_tensor(picture.convert("RGB"))[None].to(device)
     result = _picture(upscale(model, colours, tile=tile, overlap=overlap, autocast=autocast)[0])
     if picture.mode in ("L", "LA"):
         result = result.convert("L")
     if "A" in picture.getbands():
-        alpha = _tensor(picture.getchannel("A"))
+        alpha = as_tensor(picture.getchannel("A"))
         result.putalpha(_picture(upsample(alpha, result.width // picture.width)))
     return result
 
@@ -195,8 +195,8 @@ def open_picture(path: str | Path) -> Image.Image:
     return open_image(path, None)
 
 
-def _tensor(picture: Image.Image) -> Tensor:
-    """float32 [C, h, w] in 0..1."""
+def as_tensor(picture: Image.Image) -> Tensor:
+    """A picture of mode L or RGB as float32 [C, h, w] in 0..1."""
     pixels = torch.from_numpy(np.array(picture))
     return (pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)).to(torch.float32).div_(255)
 
