@@ -58,6 +58,10 @@ def test_psnr_by_hand():
     assert psnr_y(one, other, 0).item() < expected - 1
 
 
+def test_equal_images_count_as_100_db():
+    assert psnr_y(image(0), image(0), 2).tolist() == [100]
+
+
 @pytest.mark.parametrize("border", [2, 3, 4])
 def test_both_are_skimages(border):
     one, other = quantized(image(0)), quantized(image(1) * 0.5 + 0.5 * image(0))

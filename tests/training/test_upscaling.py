@@ -102,7 +102,7 @@ def test_whole_images_go_through_the_model_as_they_are(edsr):
     image = torch.rand(2, 3, 20, 30)
     with torch.no_grad():
         assert torch.equal(upscale(edsr, image), edsr.eval()(image))
-        assert torch.equal(upscale(edsr, image, tile=32), edsr(image))
+        assert torch.equal(upscale(edsr, image, tile=30), edsr(image))
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 40), (16, 5)])

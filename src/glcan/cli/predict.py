@@ -130,7 +130,6 @@ def _enlarge(
         raise ConfigError(f"Two files are named {twice!r}, and would be written to one. Enlarge them one by one.")
     if truth is not None and not truth.is_dir():
         raise DataError(f"The folder {str(truth)!r} of the true images does not exist. Correct --truth.")
-    overlap = tile // 8 if overlap is None else overlap
     pictures = [open_picture(file) for file in files]
     true = [None if truth is None else _true_picture(truth, file) for file in files]
     for file, small, large in zip(files, pictures, true, strict=True):

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from glcan.data import PairData
 
 WINDOW = 11
+MOST_DB = 100.0  # of equal images, whose ratio is infinite
 
 
 def quantized(images: Tensor) -> Tensor:
@@ -39,7 +40,7 @@ def luma(images: Tensor) -> Tensor:
 
 
 def psnr_y(images: Tensor, truth: Tensor, border: int) -> Tensor:
-    """Peak signal-to-noise ratio of the luma in dB, peak 255: RGB [B, 3, H, W] in 0..1 to float64 [B].
+    """Peak signal-to-noise ratio of the luma in dB, peak 255, at most 100: RGB [B, 3, H, W] in 0..1 to float64 [B].
 
     Args:
         images, truth: to compare; already rounded where that is wanted.
@@ -51,7 +52,8 @@ def psnr_y(images: Tensor, truth: Tensor, border: int) -> Tensor:
     from torchmetrics.functional.image import peak_signal_noise_ratio
 
     inside = _inside(images, truth, border, 1)
-    return peak_signal_noise_ratio(*inside, data_range=255.0, dim=(1, 2, 3), reduction="none")
+    found = peak_signal_noise_ratio(*inside, data_range=255.0, dim=(1, 2, 3), reduction="none")
+    return found.clamp(max=MOST_DB)
 
 
 def ssim_y(images: Tensor, truth: Tensor, border: int) -> Tensor:
@@ -74,7 +76,7 @@ def evaluate_pairs(
     autocast: torch.dtype | None = None,
     channels_last: bool = False,
     tile: int | None = None,
-    overlap: int = 16,
+    overlap: int | None = None,
     each_image: Callable[[], object] | None = None,
 ) -> dict[str, float]:
     """Metrics of a super-resolution model, in evaluation mode, on the device where the model is.

@@ -29,7 +29,7 @@ def upscale(
     images: Tensor,
     *,
     tile: int | None = None,
-    overlap: int = 16,
+    overlap: int | None = None,
     autocast: torch.dtype | None = None,
     scale: int | None = None,
     each_tile: Callable[[], object] | None = None,
@@ -47,7 +47,8 @@ def upscale(
         model: on the device of `images`.
         images: floating point, of any size.
         tile: pixels of a tile's side, before enlargement; None: the whole image at once.
-        overlap: least number of pixels that neighbouring tiles share, before enlargement; at most half a tile.
+        overlap: least number of pixels that neighbouring tiles share, before enlargement; at most half a tile; by
+            default an eighth of one.
         autocast: None, or the type of the autocast arithmetic.
         scale: raise if the model enlarges by another factor.
         each_tile: called after each tile.
@@ -57,6 +58,8 @@ def upscale(
     """
     if tile is not None and tile < LEAST:
         raise ConfigError(f"tile={tile} pixels: it must be at least {LEAST}. Leave it out to enlarge whole images.")
+    if overlap is None:
+        overlap = 0 if tile is None else tile // 8
     if tile is not None and not 0 <= overlap <= tile // 2:
         raise ConfigError(f"overlap={overlap} pixels: it must lie in 0 ... {tile // 2}, half of the tile of {tile}.")
     height, width = images.shape[-2:]
@@ -161,7 +164,7 @@ def upscale_picture(
     picture: Image.Image,
     *,
     tile: int | None = None,
-    overlap: int = 16,
+    overlap: int | None = None,
     autocast: torch.dtype | None = None,
 ) -> Image.Image:
     """A picture in mode L, LA, RGB or RGBA, as `open_picture` gives it, enlarged in the same mode.
