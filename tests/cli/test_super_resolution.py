@@ -149,10 +149,13 @@ def test_compare_has_a_row_for_bicubic(glcan, photos, tmp_path):
     assert found["methods"][0]["metric"]["unit"] == "dB"
     text = (tmp_path / "c/comparison.md").read_text()
     lines = [line for line in text.splitlines() if line.startswith("|")]
-    assert "test psnr y (dB)" in lines[0]
+    assert "| test psnr y (dB) | Δ (dB) | test ssim y | peak memory |" in lines[0]
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| bicubic", "| e2e", "| checkpoint"]
     bicubic, e2e = found["references"][0]["metric"]["mean"], found["methods"][0]["metric"]["mean"]
-    assert f"| bicubic | – | {bicubic:.2f} | {bicubic - e2e:+.2f} |" in text
+    similarity = found["references"][0]["beside"][0]
+    assert similarity["name"] == "test_ssim_y"
+    assert f"| bicubic | – | {bicubic:.2f} | {bicubic - e2e:+.2f} | {similarity['mean']:.4f} | – |" in text
+    assert len({line.count(" | ") for line in lines if "---" not in line}) == 1
 
 
 def test_settings_of_the_other_task_are_refused(glcan):

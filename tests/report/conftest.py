@@ -18,6 +18,7 @@ def method(name: str, blocks: int, mean: float, std: float | None, scale: float)
             "values": [mean] * seeds,
             "same_as": None,
         },
+        "beside": [],
         "peak_bytes": int(100 * 2**20 * scale),
         "activation_peak_bytes": int(80 * 2**20 * scale),
         "by_kind": {"activations": int(80 * 2**20 * scale)},

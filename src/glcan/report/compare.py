@@ -250,12 +250,12 @@ def _result(
     same_as: str | None,
 ) -> MethodResult:
     first = summaries[0]
-    metric = _metric(first, [summary.metric.value for summary in summaries], same_as)
     quarters = statistics.quantiles(seconds, n=4, method="inclusive")
     return {
         "name": method.name,
         "blocks": first.blocks,
-        "metric": metric,
+        "metric": _metric(summaries, first.metric.name, same_as=same_as),
+        "beside": [_metric(summaries, name, same_as=same_as) for name in MEASURES[first.config.task].beside],
         "peak_bytes": cost.peak_bytes,
         "activation_peak_bytes": cost.activation_peak_bytes,
         "by_kind": dict(cost.by_kind),
@@ -271,10 +271,13 @@ def _result(
     }
 
 
-def _metric(summary: Summary, values: list[float], same_as: str | None = None) -> Metric:
+def _metric(summaries: list[Summary], name: str, of: str = "", same_as: str | None = None) -> Metric:
+    """A test metric over the seeds; with `of`, that of a reference."""
+    found = [next(metric for metric in summary.metrics if metric.name == of + name) for summary in summaries]
+    values = [metric.value for metric in found]
     return {
-        "name": f"test_{summary.metric.name}",
-        "unit": summary.metric.unit,
+        "name": f"test_{name}",
+        "unit": found[0].unit,
         "mean": statistics.fmean(values),
         "std": statistics.stdev(values) if len(values) > 1 else None,
         "values": values,
@@ -283,13 +286,13 @@ def _metric(summary: Summary, values: list[float], same_as: str | None = None) -
 
 
 def _references(first: Summary) -> list[Reference]:
-    """What every run of the task measures beside its model."""
-    name = MEASURES[first.config.task].reference
+    """What every run of the task measures beside its model; the same for every seed."""
+    measures = MEASURES[first.config.task]
+    name = measures.reference
     if name is None:
         return []
-    wanted = f"{name}_{first.metric.name}"
-    value = next(metric.value for metric in first.metrics if metric.name == wanted)  # the same for every seed
-    return [{"name": name, "metric": _metric(first, [value])}]
+    main, *others = [_metric([first], metric, of=f"{name}_") for metric in (measures.main, *measures.beside)]
+    return [{"name": name, "metric": main, "beside": others}]
 
 
 def _curve(summary: Summary, records: list[list[dict[str, Any]]], validated: bool) -> Curve:

@@ -41,6 +41,7 @@ class MethodResult(TypedDict):
     name: str
     blocks: int
     metric: Metric
+    beside: list[Metric]  # further metrics that are shown
     peak_bytes: int  # live bytes of one training step at its peak: parameters, gradients, optimizer state, activations
     activation_peak_bytes: int
     by_kind: dict[str, int]  # bytes of each kind at the moment of the peak
@@ -60,6 +61,7 @@ class Reference(TypedDict):
 
     name: str  # "bicubic"
     metric: Metric
+    beside: list[Metric]
 
 
 class Timing(TypedDict):

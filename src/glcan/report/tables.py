@@ -25,8 +25,9 @@ def columns(comparison: Comparison) -> list[str]:
     return [
         "method",
         "blocks",
-        f"{metric['name'].replace('_', ' ')} ({unit})",
+        _heading(metric),
         f"Δ ({'points' if unit == '%' else unit})",
+        *(_heading(metric) for metric in comparison["methods"][0]["beside"]),
         "peak memory",
         "activations",
         "step",
@@ -115,16 +116,21 @@ def _scaled(value: float, base: int, units: tuple[str, ...]) -> str:
     return f"{value:.3g} {units[power]}"
 
 
+def _heading(metric: Metric) -> str:
+    unit = metric_unit(metric)
+    return metric["name"].replace("_", " ") + (f" ({unit})" if unit else "")
+
+
 def _value(metric: Metric) -> str:
-    scale = metric_scale(metric["unit"])
-    value = ("= " if metric["same_as"] else "") + f"{scale * metric['mean']:.2f}"
-    return value if metric["std"] is None else f"{value} ± {scale * metric['std']:.2f}"
+    scale, digits = metric_scale(metric["unit"]), 2 if metric["unit"] else 4
+    value = ("= " if metric["same_as"] else "") + f"{scale * metric['mean']:.{digits}f}"
+    return value if metric["std"] is None else f"{value} ± {scale * metric['std']:.{digits}f}"
 
 
 def _reference_row(reference: Reference, base: float | None) -> list[str]:
     metric = reference["metric"]
     delta = "–" if base is None else f"{metric_scale(metric['unit']) * (metric['mean'] - base):+.2f}"
-    return [reference["name"], "–", _value(metric), delta, *["–"] * 5]
+    return [reference["name"], "–", _value(metric), delta, *map(_value, reference["beside"]), *["–"] * 5]
 
 
 def _row(method: MethodResult) -> list[str]:
@@ -144,6 +150,7 @@ def _row(method: MethodResult) -> list[str]:
         str(method["blocks"]),
         _value(metric),
         f"{scale * versus['metric_delta']:+.2f}" if versus else "–",
+        *map(_value, method["beside"]),
         peak,
         activations,
         step,

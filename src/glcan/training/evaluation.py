@@ -23,12 +23,14 @@ class Measures:
     Attributes:
         main: the metric that a run and a comparison are judged by; more is better.
         units: of every metric, in the order in which they are shown; "" has none, "fraction" is printed in percent.
-        reference: what to compare the metrics with that is no trained model, and the metrics of which it has.
+        reference: what to compare with that is no trained model; its metrics have its name before theirs.
+        beside: metrics that a comparison shows beside the main one.
     """
 
     main: str
     units: Mapping[str, str]
     reference: str | None = None
+    beside: tuple[str, ...] = ()
 
 
 MEASURES: dict[str, Measures] = {
@@ -37,6 +39,7 @@ MEASURES: dict[str, Measures] = {
         "psnr_y",
         {"psnr_y": "dB", "ssim_y": "", "loss": "", "bicubic_psnr_y": "dB", "bicubic_ssim_y": "", "bicubic_loss": ""},
         "bicubic",
+        ("ssim_y",),
     ),
 }
 
