@@ -294,10 +294,7 @@ def _benchmark_set(title: str, count: int, *aliases: str) -> PhotographSet:
             return root
         return place
 
-    remedy = (
-        f"Give the folder that holds {aliases[0]}/HR/*.png (with {aliases[0]}/LR_bicubic/X2/*x2.png, or without: they "
-        f"are then made), or the images of {aliases[0]} themselves, with --data-root."
-    )
+    remedy = f"Give the folder that holds {aliases[0]}/HR/*.png, or these images themselves, with --data-root."
     return PhotographSet(title, remedy, find, lambda folder, scale: {"test": _in_folder(folder, scale)}, None, count)
 
 
