@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -58,6 +59,11 @@ class Feature:
     channels: int
     grid: tuple[int, int]
     prefix: int = 0
+
+    @property
+    def bytes(self) -> int:
+        """Size in bytes, as float32."""
+        return 4 * math.prod(self.shape)
 
 
 @dataclasses.dataclass(frozen=True)

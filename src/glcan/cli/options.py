@@ -152,8 +152,13 @@ def _value(name: str, text: Any) -> Any:
     if _is_list(annotation) and text is not None:
         return [part.strip() for part in text.split(",") if part.strip()]
     if get_origin(annotation) is dict:
-        return dict(_pair(flag(name), pair) for pair in text) if text else None
+        return pairs(flag(name), text) or None
     return text
+
+
+def pairs(option: str, texts: Iterable[str] | None) -> dict[str, Any]:
+    """KEY=VALUE options as a dictionary; values are read as TOML, plain words as strings."""
+    return dict(_pair(option, text) for text in texts or ())
 
 
 def _pair(option: str, text: str) -> tuple[str, Any]:

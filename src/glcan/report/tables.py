@@ -9,6 +9,7 @@ from rich import box
 from rich.table import Table
 
 from glcan.report.results import Comparison, MethodResult, Metric, Reference
+from glcan.sizes import format_bytes, format_scaled
 
 NOTES = (
     "Metric: after the last epoch, mean ± sample standard deviation over the seeds; Δ: mean minus that of e2e.",
@@ -104,18 +105,6 @@ def metric_scale(unit: str) -> float:
     return 100.0 if unit == "fraction" else 1.0
 
 
-def format_bytes(count: float) -> str:
-    """Bytes with three significant digits and a binary unit."""
-    return _scaled(count, 1024, ("B", "KiB", "MiB", "GiB", "TiB"))
-
-
-def _scaled(value: float, base: int, units: tuple[str, ...]) -> str:
-    power = 0
-    while value >= 999.5 and power < len(units) - 1:  # four digits are more than a cell has room for
-        value, power = value / base, power + 1
-    return f"{value:.3g} {units[power]}"
-
-
 def _heading(metric: Metric) -> str:
     unit = metric_unit(metric)
     return metric["name"].replace("_", " ") + (f" ({unit})" if unit else "")
@@ -138,8 +127,8 @@ def _row(method: MethodResult) -> list[str]:
     scale = metric_scale(metric["unit"])
     peak = format_bytes(method["peak_bytes"])
     activations = format_bytes(method["activation_peak_bytes"])
-    step = _scaled(1e6 * method["step_seconds"], 1000, ("µs", "ms", "s"))
-    flops = _scaled(method["flops_per_step"], 1000, ("", "k", "M", "G", "T", "P"))
+    step = format_scaled(1e6 * method["step_seconds"], 1000, ("µs", "ms", "s"))
+    flops = format_scaled(method["flops_per_step"], 1000, ("", "k", "M", "G", "T", "P"))
     if versus:
         peak += f" ({versus['peak_ratio']:.2f}×)"
         activations += f" ({versus['activation_ratio']:.2f}×)"

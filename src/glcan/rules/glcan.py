@@ -39,6 +39,8 @@ class _Level:
 
     grid: tuple[int, int]
     channels: int
+    unit_flops: float = math.inf
+    """Forward FLOPs per image of a real unit of that stage, on average."""
 
 
 class GLCAN(Rule):
@@ -56,6 +58,10 @@ class GLCAN(Rule):
             budget: forward FLOPs of all auxiliary networks together, as a share of the model's.
             unit_share: each auxiliary network may cost this share of the model's average unit even where the budget
                 would give it less, as with many blocks.
+            unit_cost: each unit of the skeleton may cost this share of the real unit that it stands for; 0: no limit.
+            memory: bytes that an auxiliary network may hold, in multiples of the model's largest boundary. With 2, it
+                hardly ever sets the peak: the backward pass of a block that ends at that boundary needs as much anyway.
+            depth: of the skeleton, at least: with fewer stages to come, the last one's unit is repeated.
             use_local: the local branch.
             use_global: the global branch.
             width: channels of the skeleton's units as a share of the real stages'; none: solved for the budget.
@@ -65,8 +71,11 @@ class GLCAN(Rule):
                 ``unit="backbone"``; none: no exchange.
         """
 
-        budget: float = 0.10
-        unit_share: float = 0.4
+        budget: float = 0.07
+        unit_share: float = 0.6
+        unit_cost: float = 0.5
+        memory: float = 2.0
+        depth: int = 2
         use_local: bool = True
         use_global: bool = True
         width: float | None = None
@@ -80,6 +89,12 @@ class GLCAN(Rule):
                 )
             if not 0 <= self.unit_share <= 10:
                 raise ConfigError(f"glcan.unit_share is {self.unit_share}; it must lie in [0, 10], 0 for none.")
+            if not 0 <= self.unit_cost <= 10:
+                raise ConfigError(f"glcan.unit_cost is {self.unit_cost}; it must lie in [0, 10], 0 for no limit.")
+            if not 1 <= self.depth <= 16:
+                raise ConfigError(f"glcan.depth is {self.depth}; it must lie in 1 ... 16.")
+            if not self.memory > 0:
+                raise ConfigError(f"glcan.memory is {self.memory}; it must be positive, 2 for twice the largest boundary.")
             if not (self.use_local or self.use_global):
                 raise ConfigError("glcan.use_local and glcan.use_global are both off; leave at least one branch on.")
             if self.width is not None and not 0 < self.width <= 4:
@@ -106,7 +121,7 @@ class GLCAN(Rule):
         if self.config.use_global and self.config.unit == "backbone":
             skeleton = _BackboneSkeleton(site)
         elif self.config.use_global:
-            levels = skeleton_levels(site, feature)
+            levels = skeleton_levels(site, feature, self.config.depth)
             grid = levels[0].grid
             skeleton = self._skeleton(site, feature, levels)
         return _ClassificationAuxiliary(
@@ -116,13 +131,27 @@ class GLCAN(Rule):
     def _skeleton(self, site: Site, feature: Feature, levels: list[_Level]) -> Skeleton:
         weighted = sum(unit.weights > 0 for unit in site.profile.units)
         share = site.profile.flops * max(
-            self.config.budget / max(1, site.plan.blocks - 1), self.config.unit_share / max(1, weighted)
+            self.config.budget / max(1, site.blocks - 1), self.config.unit_share / max(1, weighted)
         )
         if self.config.width is not None:
-            widths = _widths(levels, self.config.width)
+            widths = _widths(feature.channels, levels, self.config.width, math.inf)
         else:
-            widths = fit_widths(feature.channels, levels, share / site.profile.batch)
+            largest = max(sum(f.bytes for f in site.profile.unit(name).entering) for name in site.profile.cuttable)
+            memory = self.config.memory * largest / site.profile.batch
+            widths = fit_widths(
+                feature.channels, levels, share / site.profile.batch, memory, self.config.unit_cost or math.inf
+            )
         return Skeleton(feature.channels, widths, _strides(levels))
+
+    def segments(self, auxiliary: nn.Module) -> list[list[str]]:
+        assert isinstance(auxiliary, _ClassificationAuxiliary)
+        skeleton = auxiliary.skeleton
+        if skeleton is None:
+            return []
+        names = [f"skeleton.units.{name}" for name, _ in skeleton.units.named_children()]
+        if isinstance(skeleton, _BackboneSkeleton):
+            return [[name] for name in names]
+        return [names[i : i + 3] for i in range(0, len(names), 3)]  # convolution, normalisation, activation
 
     def after_step(self, auxiliary: nn.ModuleDict, model: nn.Module) -> None:
         if self.config.momentum is None:
@@ -133,16 +162,22 @@ class GLCAN(Rule):
             skeleton.move_towards(model, self.config.momentum)
 
 
-def skeleton_levels(site: Site, feature: Feature) -> list[_Level]:
-    """The maps that the skeleton goes through: one for each remaining stage; in the last stage, that stage's own."""
-    to_come = site.to_come
-    if not to_come:
-        ahead = site.ahead or feature
-        h, w = feature.grid
-        # One unit at half the resolution: what is left of the stage changes no scale, and a map of it suffices.
-        grid = (math.ceil(h / 2), math.ceil(w / 2)) if min(h, w) > 4 else (h, w)
-        return [_Level(grid, ahead.channels)]
-    return [_Level(f.grid, f.channels) for f in to_come]
+def skeleton_levels(site: Site, feature: Feature, depth: int) -> list[_Level]:
+    """The maps that the skeleton goes through: one for each remaining stage; in the last stage, that stage's own.
+
+    Where that makes fewer than ``depth``, the last one is repeated: the blocks of the last stages need a network
+    between them and their loss as well, or they give up for it what the blocks before them made.
+    """
+    stages = site.to_come or [site.ahead or feature]
+    levels = [_Level(f.grid, f.channels, _unit_flops(site, f.grid)) for f in stages]
+    return levels + levels[-1:] * (depth - len(levels))
+
+
+def _unit_flops(site: Site, grid: tuple[int, int]) -> float:
+    """Forward FLOPs per image of a unit after the cut whose map has this grid, on average."""
+    units = [u for u in site.profile.units[site.cut.index :] if u.output is not None and u.output.grid == grid]
+    weighted = [u.flops for u in units if u.weights]
+    return sum(weighted) / len(weighted) / site.profile.batch if weighted else math.inf
 
 
 def _strides(levels: list[_Level]) -> list[tuple[int, int]]:
@@ -152,9 +187,23 @@ def _strides(levels: list[_Level]) -> list[tuple[int, int]]:
     return strides
 
 
-def _widths(levels: list[_Level], share: float) -> list[int]:
-    """Channels of the skeleton's units: a share of the real stages', in multiples of 8, at least 8."""
-    return [max(8, 8 * round(level.channels * share / 8)) for level in levels]
+def _widths(channels: int, levels: list[_Level], share: float, unit_cost: float) -> list[int]:
+    """Channels of the skeleton's units: a share of the real stages', in multiples of 8, at least 8.
+
+    No unit is wider than what makes it cost ``unit_cost`` of the real unit that it stands for.
+    """
+    widths: list[int] = []
+    for level in levels:
+        wide = 8 * round(level.channels * share / 8)
+        # The first unit takes the map at its own width, or squeezed to this unit's width.
+        for width in range(wide, 7, -8):
+            before = widths[-1] if widths else min(channels, width)
+            if 2 * 9 * before * width * math.prod(level.grid) <= unit_cost * level.unit_flops:
+                break
+        else:
+            width = 8
+        widths.append(width)
+    return widths
 
 
 def skeleton_flops(channels: int, levels: list[_Level], widths: list[int]) -> int:
@@ -165,17 +214,35 @@ def skeleton_flops(channels: int, levels: list[_Level], widths: list[int]) -> in
         flops += 2 * channels * widths[0] * h * w
         before = widths[0]
     for level, width in zip(levels, widths, strict=True):
-        flops += 2 * 9 * before * width * level.grid[0] * level.grid[1]
+        flops += 2 * 9 * before * width * math.prod(level.grid)
         before = width
     return flops
 
 
-def fit_widths(channels: int, levels: list[_Level], flops: float) -> list[int]:
-    """The widest skeleton (at most the real network's width) whose forward FLOPs per image fit."""
-    best = _widths(levels, 0.0)
+def skeleton_bytes(channels: int, levels: list[_Level], widths: list[int]) -> int:
+    """Activations per image that `Skeleton` needs: its input, two maps for each convolution, and its largest gradients."""
+    elements = channels * math.prod(levels[0].grid)
+    elements += 2 * widths[0] * math.prod(levels[0].grid) if widths[0] < channels else 0
+    maps = [width * math.prod(level.grid) for level, width in zip(levels, widths, strict=True)]
+    return 4 * (elements + 2 * sum(maps) + max(maps))
+
+
+def fit_widths(
+    channels: int, levels: list[_Level], flops: float, memory: float = math.inf, unit_cost: float = math.inf
+) -> list[int]:
+    """The widest skeleton (at most the real network's width) that keeps its budgets.
+
+    Args:
+        channels: C of the map that enters.
+        levels: of the skeleton.
+        flops: forward FLOPs per image.
+        memory: bytes of activations per image.
+        unit_cost: FLOPs of each unit as a share of the real unit's.
+    """
+    best = _widths(channels, levels, 0.0, unit_cost)
     for step in range(1, 65):
-        widths = _widths(levels, step / 64)
-        if skeleton_flops(channels, levels, widths) > flops:
+        widths = _widths(channels, levels, step / 64, unit_cost)
+        if skeleton_flops(channels, levels, widths) > flops or skeleton_bytes(channels, levels, widths) > memory:
             break
         best = widths
     return best

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import os
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from glcan.errors import CheckpointError, ConfigError, DataError, GlcanError, NonFiniteLoss, RunError
+from glcan.errors import CheckpointError, ConfigError, DataError, GlcanError, NonFiniteLoss, RunError, UnknownName
 from glcan.training import checkpoint
 from glcan.training.config import DEFAULT_BLOCKS, RunConfig
 from glcan.training.environment import environment, resolve_device
@@ -519,21 +520,33 @@ class _Training:
             ) from None
 
 
-def _optimizer(config: RunConfig) -> Callable[[list[nn.Parameter]], torch.optim.Optimizer]:
-    def create(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        if config.optimizer == "adamw":
-            return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
-        if config.optimizer == "adam":
-            return torch.optim.Adam(parameters, lr=config.lr, weight_decay=config.weight_decay)
-        return torch.optim.SGD(
-            parameters,
-            lr=config.lr,
-            momentum=config.momentum,
-            nesterov=config.nesterov,
-            weight_decay=config.weight_decay,
-        )
+def optimizer_factory(
+    name: str, *, lr: float = 0.1, momentum: float = 0.9, nesterov: bool = True, weight_decay: float = 1e-4
+) -> Callable[[list[nn.Parameter]], torch.optim.Optimizer]:
+    """What makes an optimizer for a list of parameters: "sgd", "adamw" or "adam".
 
-    return create
+    Raises:
+        UnknownName: no such optimizer.
+    """
+    if name == "adamw":
+        return functools.partial(torch.optim.AdamW, lr=lr, weight_decay=weight_decay)
+    if name == "adam":
+        return functools.partial(torch.optim.Adam, lr=lr, weight_decay=weight_decay)
+    if name == "sgd":
+        return functools.partial(
+            torch.optim.SGD, lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay
+        )
+    raise UnknownName("optimizer", name, ["sgd", "adamw", "adam"])
+
+
+def _optimizer(config: RunConfig) -> Callable[[list[nn.Parameter]], torch.optim.Optimizer]:
+    return optimizer_factory(
+        config.optimizer,
+        lr=config.lr,
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+        weight_decay=config.weight_decay,
+    )
 
 
 def _check_images(images: Tensor, data: ImageData | PairData) -> None:
