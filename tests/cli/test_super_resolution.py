@@ -166,3 +166,16 @@ def test_settings_of_the_other_task_are_refused(glcan):
         result = glcan("train", *arguments)
         assert result.exit_code == 2
         assert message in result.stderr
+
+
+def test_plan_of_the_baselines(glcan):
+    small = ["--model-option", "blocks=4", "--model-option", "channels=8", "--batch", 2, "--image", "16x16"]
+    result = glcan(
+        "plan", "edsr_baseline", "--task", "super-resolution", "--scale", 3, *small, "--rule", "e2e", "--json"
+    )
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.output)
+    assert (found["task"], found["image"]) == ("super-resolution", [16, 16])
+    refused = glcan("plan", "cifar_resnet20", "--scale", 3)
+    assert refused.exit_code == 2
+    assert "--scale 3 is for super-resolution" in refused.stderr

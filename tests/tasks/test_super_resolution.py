@@ -38,6 +38,13 @@ def test_scale_and_channels_come_from_the_models_output() -> None:
     assert (task.scale, task.channels) == (3, 1)
 
 
+def test_example_has_the_shapes_of_its_scale() -> None:
+    low, high = SuperResolution(scale=3).example(4, 3, (5, 6))
+    assert (low.shape, high.shape) == ((4, 3, 5, 6), (4, 3, 15, 18))
+    with pytest.raises(ConfigError, match="scale=0"):
+        SuperResolution(scale=0)
+
+
 def test_losses() -> None:
     output = torch.rand(SHAPE)
     task, batch = prepared(), (LOW, HIGH)

@@ -33,20 +33,27 @@ class SuperResolution(Task):
 
     Args:
         criterion: "l1" (mean absolute difference), "charbonnier", or ``criterion(output, high) -> scalar``.
+        scale: s of `example`, for planning.
 
     Attributes:
-        scale: s, found from the model's output when the task is prepared; before, None.
-        channels: C of the images, found likewise.
+        scale: s, found from the model's output when the task is prepared.
+        channels: C of the images, found likewise; before, None.
     """
 
     name: ClassVar[str] = "super-resolution"
 
-    def __init__(self, criterion: str | Callable[[Tensor, Tensor], Tensor] = "l1") -> None:
+    def __init__(self, criterion: str | Callable[[Tensor, Tensor], Tensor] = "l1", scale: int = 2) -> None:
         if isinstance(criterion, str) and criterion not in CRITERIA:
             raise UnknownName("criterion", criterion, CRITERIA)
         self.criterion = CRITERIA[criterion] if isinstance(criterion, str) else criterion
-        self.scale: int | None = None
+        if scale < 1:
+            raise ConfigError(f"scale={scale} of super-resolution: it must be at least 1, for example 2.")
+        self.scale = scale
         self.channels: int | None = None
+
+    def example(self, batch: int, channels: int, image: tuple[int, int]) -> tuple[Any, ...]:
+        low = torch.zeros(batch, channels, *image)
+        return low, torch.zeros(batch, channels, self.scale * image[0], self.scale * image[1])
 
     def prepare(self, shapes: tuple[tuple[int, ...], ...], batch: tuple[Any, ...]) -> None:
         if len(batch) != 2 or not all(isinstance(images, Tensor) and images.ndim == 4 for images in batch):
@@ -87,7 +94,6 @@ class SuperResolution(Task):
 
     def bicubic(self, batch: tuple[Any, ...]) -> Tensor:
         """The low-resolution images enlarged as MATLAB's imresize does it, [B, C, s*h, s*w], without a gradient."""
-        assert self.scale is not None, "prepare() comes first"
         with torch.no_grad(), torch.autocast(batch[0].device.type, enabled=False):
             return upsample(batch[0], self.scale)
 
