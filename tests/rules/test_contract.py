@@ -60,21 +60,46 @@ def classification_batch() -> tuple[Tensor, Tensor]:
     return torch.randn(8, 3, 32, 32, generator=generator), torch.arange(8)
 
 
-SAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {"classification": classification_batch}
+def super_resolution_batch() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return torch.rand(2, 3, 16, 16, generator=generator), torch.rand(2, 3, 32, 32, generator=generator)
+
+
+SAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
+    "classification": classification_batch,
+    "super-resolution": super_resolution_batch,
+}
+UPSCALERS: dict[str, Callable[[], nn.Module]] = {
+    "edsr": lambda: create("edsr_baseline", scale=2, blocks=6, channels=8),
+    "swinir": lambda: create(
+        "spandrel/SwinIR-light", scale=2, depths=(1,) * 6, num_heads=(2,) * 6, embed_dim=8, drop_path_rate=0.0
+    ),
+}
+MODELS = {"classification": FAMILIES, "super-resolution": UPSCALERS}
+
+# SwinIR's layers take the size of the map beside the map, and a chain of units hands on tensors alone.
+_UNCHAINED = pytest.mark.xfail(reason="Profile's `chained` overlooks arguments that are no tensors", raises=TypeError)
 
 SETTINGS = [
-    pytest.param(rule, options, task, family, id="-".join([rule, *map(str, options.values()), task, family]))
+    pytest.param(
+        rule,
+        options,
+        task,
+        family,
+        id="-".join([rule, *map(str, options.values()), task, family]),
+        marks=_UNCHAINED if rule.startswith("checkpoint") and family == "swinir" else (),
+    )
     for rule in RULES
     for options in OPTIONS.get(rule, [{}])
     for task in SAMPLES
     if task in RULES[rule].tasks
-    for family in FAMILIES
+    for family in MODELS[task]
 ]
 
 
 def learner(rule: str, options: dict[str, Any], task: str, family: str, **more: Any) -> LocalLearner:
     torch.manual_seed(0)
-    model = FAMILIES[family]().train()
+    model = MODELS[task][family]().train()
     blocks = {"blocks": 4} if RULES[rule].local else {}
     settings = {"optimizer": partial(AdamW, lr=1e-3)} | blocks | more
     return LocalLearner(model, task, SAMPLES[task](), rule=rule, rule_options=options, **settings)

@@ -16,14 +16,16 @@ from glcan.errors import ConfigError
 from glcan.training import RunConfig, RunDirectory, read_recipe
 from glcan.training.config import flag
 
-Task = Annotated[str, typer.Argument(help="What is learned: classification.", metavar="TASK", show_default=True)]
+Task = Annotated[
+    str, typer.Argument(help="What is learned: classification, super-resolution.", metavar="TASK", show_default=True)
+]
 Recipe = Annotated[
     str | None, typer.Option(help="Settings to start from: the name of a recipe that comes with glcan, or PATH.toml.")
 ]
 
 _PANELS = {
     "Model": ("model", "model_options"),
-    "Data": ("data", "data_root", "image_size", "val", "limit", "skip_corrupt", "download"),
+    "Data": ("data", "data_root", "image_size", "scale", "patch", "crops", "val", "limit", "skip_corrupt", "download"),
     "Local learning": ("rule", "blocks", "cuts", "units", "rule_options"),
     "Optimization": (
         "epochs",
@@ -34,7 +36,9 @@ _PANELS = {
         "nesterov",
         "weight_decay",
         "label_smoothing",
+        "criterion",
         "schedule",
+        "milestones",
         "warmup_epochs",
         "clip_norm",
     ),
@@ -117,7 +121,7 @@ def _option(name: str) -> Any:
     elif get_origin(kind) is list:
         metavar = "KEY=VALUE"
     elif _is_list(field.annotation):
-        metavar = "NAME,NAME"
+        metavar = "NUMBER,NUMBER" if name == "milestones" else "NAME,NAME"
     # rich would take [default: ...] for markup: typer escapes nothing in help texts.
     option = typer.Option(declaration, help=help_text.replace("[", "\\["), metavar=metavar, rich_help_panel=panel)
     return Annotated[kind | None, option]

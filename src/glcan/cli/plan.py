@@ -14,13 +14,21 @@ if TYPE_CHECKING:
 
 def plan(
     model: Annotated[
-        str, typer.Argument(help="A model: torchvision/NAME, timm/NAME, cifar_resnetN, or package.module:factory.")
+        str,
+        typer.Argument(
+            help="A model: torchvision/NAME, timm/NAME, cifar_resnetN, edsr, spandrel/NAME, or package.module:factory."
+        ),
     ],
     task: Annotated[str, typer.Option(help="What is learned.")] = "classification",
     batch: Annotated[int, typer.Option(help="Images per step.")] = 64,
     image: Annotated[
-        str | None, typer.Option(metavar="HxW", help="Image size in pixels. [default: 224x224; CIFAR ResNets 32x32]")
+        str | None,
+        typer.Option(
+            metavar="HxW",
+            help="Image size in pixels. [default: 224x224; CIFAR ResNets 32x32; super-resolution 48x48, small images]",
+        ),
     ] = None,
+    scale: Annotated[int | None, typer.Option(help="Factor of super-resolution: 2, 3 or 4. [default: 2]")] = None,
     classes: Annotated[int | None, typer.Option(help="Number of classes. [default: the model's own]")] = None,
     channels: Annotated[int, typer.Option(help="Channels of the images.")] = 3,
     blocks: Annotated[int | None, typer.Option(help="Number of gradient-isolated blocks. [default: 4]")] = None,
@@ -42,7 +50,7 @@ def plan(
     model_options: Annotated[
         list[str] | None, typer.Option("--model-option", metavar="KEY=VALUE", help="Option of the model.")
     ] = None,
-    optimizer: Annotated[str, typer.Option(help="sgd (with momentum) or adamw.")] = "sgd",
+    optimizer: Annotated[str, typer.Option(help="sgd (with momentum), adamw or adam.")] = "sgd",
     precision: Annotated[str, typer.Option(help="fp32, or bf16 autocast with fp32 weights.")] = "fp32",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object in place of the tables.")] = False,
 ) -> None:
@@ -68,11 +76,20 @@ def plan(
     if precision not in ("fp32", "bf16"):
         raise ConfigError(f"--precision is {precision!r}; it must be fp32 or bf16.")
     limit = None if memory is None else parse_bytes(memory)
-    size = _image(image or ("32x32" if model.startswith("cifar_") else "224x224"))
+    enlarging = task == tasks.SuperResolution.name
+    if scale is not None and not enlarging:
+        raise ConfigError(f"--scale {scale} is for super-resolution, not for {task}; leave it out.")
+    usual = "48x48" if enlarging else "32x32" if model.startswith("cifar_") else "224x224"
+    size = _image(image or usual)
     side = size[0] if size[0] == size[1] else None
-    the_task = tasks.create(task)
+    the_task = tasks.SuperResolution(scale=scale or 2) if enlarging else tasks.create(task)
     network = models.create(
-        model, num_classes=classes, in_channels=channels, image_size=side, **pairs("--model-option", model_options)
+        model,
+        num_classes=classes,
+        in_channels=channels,
+        image_size=side,
+        scale=the_task.scale if isinstance(the_task, tasks.SuperResolution) else None,
+        **pairs("--model-option", model_options),
     )
     common: dict[str, Any] = {
         "rule": rule,

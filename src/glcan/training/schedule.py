@@ -10,12 +10,14 @@ from glcan.training.config import RunConfig
 _ONECYCLE_START = 1 / 25
 _ONECYCLE_END = 1 / 25 / 1e4
 
+_HALVED_AT = (2 / 3,)  # EDSR's training: at 200,000 of 300,000 updates
+
 
 def learning_rate(config: RunConfig, step: int, steps_per_epoch: int) -> float:
     """Learning rate of one optimizer step.
 
     Args:
-        config: its ``lr`` (the peak), ``schedule``, ``warmup`` and ``epochs``.
+        config: its ``lr`` (the peak), ``schedule``, ``milestones``, ``warmup`` and ``epochs``.
         step: 0 for the first step of the run.
         steps_per_epoch: optimizer steps in an epoch.
 
@@ -30,6 +32,8 @@ def learning_rate(config: RunConfig, step: int, steps_per_epoch: int) -> float:
         return config.lr * _between(1.0, _ONECYCLE_END, (step - warmup) / (total - warmup))
     if step < warmup:
         return config.lr * (step + 1) / (math.floor(warmup) + 1)
+    if config.schedule == "halving":
+        return config.lr * 0.5 ** sum(step >= share * total for share in config.milestones or _HALVED_AT)
     return config.lr * _between(1.0, 0.0, (step - warmup) / (total - warmup))
 
 

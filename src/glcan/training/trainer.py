@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,7 +23,7 @@ from glcan.errors import CheckpointError, ConfigError, DataError, GlcanError, No
 from glcan.training import checkpoint
 from glcan.training.config import DEFAULT_BLOCKS, RunConfig
 from glcan.training.environment import environment, resolve_device
-from glcan.training.evaluation import evaluate
+from glcan.training.evaluation import MEASURES, evaluate
 from glcan.training.progress import Reporter
 from glcan.training.run import Metric, RunDirectory, Summary, write_json
 from glcan.training.schedule import learning_rate
@@ -31,10 +31,9 @@ from glcan.training.schedule import learning_rate
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-    from glcan.data import ImageData
+    from glcan.data import ImageData, PairData
     from glcan.learner import LocalLearner
-
-_UNITS = {"accuracy": "fraction", "accuracy_top5": "fraction", "loss": "nats"}
+    from glcan.tasks import Task
 
 
 def train(config: RunConfig, out: Path, *, resume: bool = False, progress: bool = True) -> Summary:
@@ -67,7 +66,7 @@ def train(config: RunConfig, out: Path, *, resume: bool = False, progress: bool 
             return _Training(config, run, data, learner, surroundings, progress).run_all()
 
 
-def load_data(config: RunConfig) -> ImageData:
+def load_data(config: RunConfig) -> ImageData | PairData:
     """The data set of a configuration.
 
     Raises:
@@ -75,6 +74,18 @@ def load_data(config: RunConfig) -> ImageData:
     """
     from glcan import data
 
+    if config.task == "super-resolution":
+        return data.load_pairs(
+            config.data,
+            scale=config.scale,
+            patch=config.patch,
+            crops=config.crops,
+            root=config.data_root,
+            seed=config.seed,
+            val=config.val,
+            limit=config.limit,
+            skip_corrupt=config.skip_corrupt,
+        )
     return data.load(
         config.data,
         root=config.data_root,
@@ -91,28 +102,42 @@ def create_model(config: RunConfig, classes: int, shape: tuple[int, int, int]) -
     """The model of a configuration, with the initial weights of its seed, on the CPU.
 
     Args:
-        config: its ``model``, ``model_options`` and ``seed``.
-        classes: number of classes.
-        shape: channels, height and width of an image.
+        config: its ``task``, ``model``, ``model_options``, ``scale`` and ``seed``.
+        classes: number of classes; super-resolution has none and ignores it.
+        shape: channels, height and width of an image; of super-resolution the channels alone matter.
     """
     from glcan import models
 
     torch.manual_seed(config.seed)
+    if config.task == "super-resolution":
+        return models.create(config.model, in_channels=shape[0], scale=config.scale, **config.model_options)
     return models.create(
         config.model, num_classes=classes, in_channels=shape[0], image_size=shape[1], **config.model_options
     )
 
 
-def build(config: RunConfig, data: ImageData) -> LocalLearner:
+def class_names(data: ImageData | PairData) -> list[str]:
+    """Names of the classes; none where the data has no classes."""
+    return getattr(data, "classes", [])
+
+
+def _task(config: RunConfig) -> Task:
+    from glcan.tasks import Classification, SuperResolution
+
+    if config.task == "super-resolution":
+        return SuperResolution(config.criterion)
+    return Classification(label_smoothing=config.label_smoothing)
+
+
+def build(config: RunConfig, data: ImageData | PairData) -> LocalLearner:
     """The learner of a configuration: model from ``config.seed``, on ``config.device``, checked against the data.
 
     Raises:
         DataError: labels are out of range, or the images are not of the shape that the data set says.
-        ConfigError: the model refuses such images, or does not give one score per class.
+        ConfigError: the model refuses such images, or does not give one score per class, or an image of the size.
     """
     from glcan import rules
     from glcan.learner import LocalLearner
-    from glcan.tasks import Classification
 
     rule = rules.create(config.rule, config.rule_options)
     blocks = config.blocks
@@ -120,19 +145,23 @@ def build(config: RunConfig, data: ImageData) -> LocalLearner:
         blocks = None if config.cuts is not None else blocks or DEFAULT_BLOCKS
     device = resolve_device(config.device)
     if data.size("train") == 0:
-        raise DataError(f"Data set {data.name!r} has no training images. Lower --val, or give more images.")
+        raise DataError(
+            f"Data set {data.name!r} has no training images. Lower --val, give more images, or choose another --data."
+        )
+    if data.size("test") == 0:
+        raise DataError(f"Data set {data.name!r} has no test images to end the run with. Add some, or choose another.")
     with checkpoint.preserved_rng(device):
         images, labels = next(iter(data.loader("train", config.batch)))
     _check_images(images, data)
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
-    model = create_model(config, len(data.classes), data.shape).to(device).to(memory_format=layout)
+    model = create_model(config, len(class_names(data)), data.shape).to(device).to(memory_format=layout)
     images, labels = images.to(device, memory_format=layout), labels.to(device)
     autocast = autocast_dtype(config)
-    _check_model(config, model, images, data, autocast)
+    _check_model(config, model, images, labels, data, autocast)
     try:
         return LocalLearner(
             model,
-            Classification(label_smoothing=config.label_smoothing),
+            _task(config),
             (images, labels),
             blocks=blocks,
             cuts=config.cuts,
@@ -216,7 +245,7 @@ class _Training:
         self,
         config: RunConfig,
         run: RunDirectory,
-        data: ImageData,
+        data: ImageData | PairData,
         learner: LocalLearner,
         surroundings: dict[str, Any],
         progress: bool,
@@ -440,11 +469,12 @@ class _Training:
         learner, state, last = self.learner, self.state, self.history[-1]
         checkpoint.write_atomically(self.run.weights, lambda path: save_model(learner.model, str(path)))
         self._measure()
-        metrics = _metrics(last, "test")
+        measures = MEASURES[self.config.task]
+        metrics = _metrics(measures.units, last, "test")
         summary = Summary(
-            metric=next(metric for metric in metrics if metric.name == "accuracy"),
+            metric=next(metric for metric in metrics if metric.name == measures.main),
             metrics=metrics,
-            val_metrics=_metrics(last, "val"),
+            val_metrics=_metrics(measures.units, last, "val"),
             train_loss=last["train_loss"],
             seed=self.config.seed,
             epochs=self.config.epochs,
@@ -453,7 +483,7 @@ class _Training:
             cuts=list(learner.plan.cuts),
             parameters=_count(learner.model),
             auxiliary_parameters=_count(learner.auxiliary),
-            classes=self.data.classes,
+            classes=class_names(self.data),
             preprocessing=self.data.preprocessing(),
             train_seconds=state.train_seconds,
             wall_seconds=state.wall_seconds,
@@ -493,18 +523,20 @@ class _Training:
 def optimizer_factory(
     name: str, *, lr: float = 0.1, momentum: float = 0.9, nesterov: bool = True, weight_decay: float = 1e-4
 ) -> Callable[[list[nn.Parameter]], torch.optim.Optimizer]:
-    """What makes an optimizer for a list of parameters: "sgd" or "adamw".
+    """What makes an optimizer for a list of parameters: "sgd", "adamw" or "adam".
 
     Raises:
         UnknownName: no such optimizer.
     """
     if name == "adamw":
         return functools.partial(torch.optim.AdamW, lr=lr, weight_decay=weight_decay)
+    if name == "adam":
+        return functools.partial(torch.optim.Adam, lr=lr, weight_decay=weight_decay)
     if name == "sgd":
         return functools.partial(
             torch.optim.SGD, lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay
         )
-    raise UnknownName("optimizer", name, ["sgd", "adamw"])
+    raise UnknownName("optimizer", name, ["sgd", "adamw", "adam"])
 
 
 def _optimizer(config: RunConfig) -> Callable[[list[nn.Parameter]], torch.optim.Optimizer]:
@@ -517,7 +549,7 @@ def _optimizer(config: RunConfig) -> Callable[[list[nn.Parameter]], torch.optim.
     )
 
 
-def _check_images(images: Tensor, data: ImageData) -> None:
+def _check_images(images: Tensor, data: ImageData | PairData) -> None:
     if tuple(images.shape[1:]) != tuple(data.shape) or not images.is_floating_point():
         raise DataError(
             f"Images of {data.name!r} come as {images.dtype} of shape {tuple(images.shape[1:])}, but the data set says "
@@ -526,7 +558,12 @@ def _check_images(images: Tensor, data: ImageData) -> None:
 
 
 def _check_model(
-    config: RunConfig, model: nn.Module, images: Tensor, data: ImageData, autocast: torch.dtype | None
+    config: RunConfig,
+    model: nn.Module,
+    images: Tensor,
+    targets: Tensor,
+    data: ImageData | PairData,
+    autocast: torch.dtype | None,
 ) -> None:
     """Run the model once on two images, as evaluation will."""
     images = images[:2]
@@ -544,25 +581,34 @@ def _check_model(
         raise
     except Exception as error:  # whatever a model does with images that it was not made for
         reason = str(error).strip().splitlines() or [type(error).__name__]
+        size = "--patch" if config.task == "super-resolution" else "--image-size"
         raise ConfigError(
             f"Model {config.model!r} refuses images of {data.name!r} with channels, height, width = "
-            f"{tuple(data.shape)}: {reason[0]}. Set --image-size or --model-option, or choose another --model."
+            f"{tuple(data.shape)}: {reason[0]}. Set {size} or --model-option, or choose another --model."
         ) from error
     finally:
         model.train(training)
-    expected = (len(images), len(data.classes))
-    if not isinstance(scores, Tensor) or tuple(scores.shape) != expected:
-        found = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+    found = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+    if config.task == "super-resolution":
+        expected = (len(images), *targets.shape[1:])
+        if found != expected:
+            raise ConfigError(
+                f"Model {config.model!r} gives {found} for images {tuple(images.shape)}, but super-resolution with "
+                f"scale {config.scale} needs {expected}. Set --scale or --model-option, or choose another --model."
+            )
+        return
+    expected = (len(images), len(class_names(data)))
+    if found != expected:
         raise ConfigError(
             f"Model {config.model!r} gives {found} for {expected[0]} images, but classification of {data.name!r} needs "
             f"scores of shape {expected}. Set the number of classes in --model-option, or choose another --model."
         )
 
 
-def _metrics(record: dict[str, Any], split: str) -> list[Metric]:
+def _metrics(units: Mapping[str, str], record: dict[str, Any], split: str) -> list[Metric]:
     return [
         Metric(name=name, value=record[f"{split}_{name}"], unit=unit)
-        for name, unit in _UNITS.items()
+        for name, unit in units.items()
         if f"{split}_{name}" in record
     ]
 
