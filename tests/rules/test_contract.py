@@ -77,9 +77,6 @@ UPSCALERS: dict[str, Callable[[], nn.Module]] = {
 }
 MODELS = {"classification": FAMILIES, "super-resolution": UPSCALERS}
 
-# SwinIR's layers take the size of the map beside the map, and a chain of units hands on tensors alone.
-_UNCHAINED = pytest.mark.xfail(reason="Profile's `chained` overlooks arguments that are no tensors", raises=TypeError)
-
 SETTINGS = [
     pytest.param(
         rule,
@@ -87,7 +84,6 @@ SETTINGS = [
         task,
         family,
         id="-".join([rule, *map(str, options.values()), task, family]),
-        marks=_UNCHAINED if rule.startswith("checkpoint") and family == "swinir" else (),
     )
     for rule in RULES
     for options in OPTIONS.get(rule, [{}])
