@@ -61,6 +61,9 @@ def measure_pieces(model: nn.Module, args: Any, kwargs: Any, profile: Profile) -
 
     Empty where the model does not allow that.
     """
+    places = cut_places(profile)
+    cuts = [profile.units[index].name for index in places[1:-1]]
+    starts = ["", *cuts]
 
     def run(model: nn.Module, batch: tuple[Any, Any]) -> dict[str, tuple[int, int]]:
         meter = LiveMemory(model, inputs=batch)
@@ -76,13 +79,12 @@ def measure_pieces(model: nn.Module, args: Any, kwargs: Any, profile: Profile) -
                 parameter.grad = None
             found[unit], before = (meter.lap()[1], meter.flops - before), meter.flops
 
-        starts = ["", *profile.cuttable]
         isolation = Isolation(
             model,
             profile.names,
-            profile.cuttable,
+            cuts,
             lambda boundary: train(starts[boundary.block], (*boundary.entering, *boundary.skipping)),
-            {cut: profile.crossing[cut] for cut in profile.cuttable},
+            {cut: profile.crossing[cut] for cut in cuts},
         )
         with torch.enable_grad(), meter, isolation:
             output = model(*batch[0], **batch[1])
@@ -90,15 +92,14 @@ def measure_pieces(model: nn.Module, args: Any, kwargs: Any, profile: Profile) -
                 train(starts[isolation.block], tuple(isolation.twin(t) for t in tensors_in(output)))
         return found
 
-    if not profile.cuttable:
+    if not cuts:
         return {}
     try:
         measured = dry_run(model, (args, kwargs), run)
     except (GlcanError, RuntimeError):
         return {}
-    places = cut_places(profile)
     pieces: dict[str, Piece] = {}
-    for start, end, unit in zip(places[:-1], places[1:], ["", *profile.cuttable], strict=True):
+    for start, end, unit in zip(places[:-1], places[1:], starts, strict=True):
         peak, flops = measured.get(unit, (0, 0))
         saved = sum(u.saved_bytes for u in profile.units[start:end])
         entering = sum(f.bytes for f in profile.units[start].entering) if start else 0
@@ -118,25 +119,31 @@ def auxiliary_costs(
         first = next(t for t in tensors_in(batch))
         costs: dict[str, AuxiliaryCost] = {}
         seen: dict[Any, AuxiliaryCost] = {}
-        for name in profile.cuttable:
-            cut = profile.unit(name)
+        for index in cut_places(profile)[1:-1]:
+            cut = profile.units[index]
             with first.device:
                 network = rule.build(Site(model, profile, task, cut, blocks)).train(model.training)
             key = (str(network), tuple(p.shape for p in network.parameters()), cut.entering)
             if key not in seen:
                 seen[key] = _meter(network, task, cut, batch, first)
-            costs[name] = seen[key]
+            costs[cut.name] = seen[key]
         return costs
 
     return dry_run(model, batch, run)
 
 
 def _meter(network: nn.Module, task: Task, cut: Unit, batch: tuple[Any, ...], like: Tensor) -> AuxiliaryCost:
-    entering = tuple(torch.empty(f.shape, device=like.device, requires_grad=True) for f in cut.entering)
+    parts = min(like.shape[0], getattr(network, "parts", 1))
+    size = like.shape[0] // parts
+    shapes = [(f.shape[0] // parts if parts > 1 else f.shape[0], *f.shape[1:]) for f in cut.entering]
+    entering = tuple(torch.empty(shape, device=like.device, requires_grad=True) for shape in shapes)
+    batch = task.part(batch, 0, size) if parts > 1 else batch
     meter = LiveMemory(auxiliary=network, inputs=(batch, entering))
     with torch.enable_grad(), meter:
         task.local_loss(network(Boundary(0, cut.name, entering), batch), batch).backward()
-    return AuxiliaryCost(meter.activation_peak_bytes, meter.flops, sum(p.numel() for p in network.parameters()))
+    gathered = sum(f.bytes for f in cut.entering) if parts > 1 else 0
+    elements = sum(p.numel() for p in network.parameters())
+    return AuxiliaryCost(meter.activation_peak_bytes + gathered, parts * meter.flops, elements)
 
 
 class Estimate:

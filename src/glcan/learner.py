@@ -18,7 +18,7 @@ from glcan.dryrun import dry_run
 from glcan.errors import CheckpointError, ConfigError, CutError, GradientLeak
 from glcan.estimate import Estimate, auxiliary_costs, measure_pieces
 from glcan.isolation import Boundary, Isolation, leaked_parameters, tensors_in
-from glcan.plan import Plan, make_plan
+from glcan.plan import Plan, cut_places, make_plan
 from glcan.profile import Feature, Profile, profile, read_feature
 from glcan.rules import Site
 
@@ -179,7 +179,7 @@ class LocalLearner:
     ) -> Plan:
         if self.rule.local:
             cost = None
-            if cuts is None and blocks is not None and 1 < blocks <= len(self.profile.cuttable):
+            if cuts is None and blocks is not None and 1 < blocks < len(cut_places(self.profile)):
                 args, kwargs = self.task.arguments(batch)
                 pieces = measure_pieces(self.model, args, kwargs, self.profile)
                 auxiliary = auxiliary_costs(self.rule, self.model, self.profile, self.task, batch, blocks)
@@ -350,17 +350,18 @@ class LocalLearner:
         forward = self._forward_autocast(batch)
         isolation = self._isolation
 
-        def learn(block: int, loss: Tensor) -> None:
-            losses[self.names[block]] = loss.detach()
-            autocast = torch.is_autocast_enabled(loss.device.type)
-            with torch.autocast(loss.device.type, enabled=False) if autocast else contextlib.nullcontext():
+        def backward(loss: Tensor) -> None:
+            with _no_autocast(loss):
                 (loss if scaler is None else scaler.scale(loss)).backward()
-                del loss
+
+        def done(block: int, loss: Tensor) -> None:
+            losses[self.names[block]] = loss.detach()
+            with _no_autocast(loss):
                 if finish is not None:
                     finish(block)
                 if self.after_block is not None:
                     self.after_block(self.names[block])
-            if autocast:
+            if torch.is_autocast_enabled(loss.device.type):
                 torch.clear_autocast_cache()  # it holds copies of weights that have just been updated
 
         def at_cut(boundary: Boundary) -> None:
@@ -371,12 +372,39 @@ class LocalLearner:
                     f"{len(self._entering(boundary.block))} did when the learner was built. Parameters may have been "
                     "frozen or thawed since: build a new learner after that."
                 )
-            if name in self.auxiliary:
-                network = self.auxiliary[name]
-                runs = self.rule.segments(network) if name in self.plan.recompute else []
+            if name not in self.auxiliary:
+                return
+            network = self.auxiliary[name]
+            runs = self.rule.segments(network) if name in self.plan.recompute else []
+            count = boundary.entering[0].shape[0]
+            parts = min(count, getattr(network, "parts", 1))
+            if parts == 1:
                 with checkpointed(network, runs):
                     prediction = network(boundary, batch)
-                learn(boundary.block, self.task.local_loss(prediction, batch))
+                loss = self.task.local_loss(prediction, batch)
+                del prediction
+                backward(loss)
+                loss = loss.detach()  # frees the graph before the optimizer makes its temporaries
+            else:
+                loss = torch.zeros((), device=boundary.entering[0].device)
+                gradients = [torch.empty_like(t) for t in boundary.entering]
+                for k in range(parts):
+                    start, stop = k * count // parts, (k + 1) * count // parts
+                    leaves = tuple(t.detach()[start:stop].requires_grad_() for t in boundary.entering)
+                    part = self.task.part(batch, start, stop)
+                    with checkpointed(network, runs):
+                        prediction = network(Boundary(boundary.block, boundary.cut, leaves), part)
+                    mine = self.task.local_loss(prediction, part) * ((stop - start) / count)
+                    del prediction
+                    backward(mine)
+                    loss = loss + mine.detach()
+                    for whole, leaf in zip(gradients, leaves, strict=True):
+                        whole[start:stop] = 0 if leaf.grad is None else leaf.grad
+                    del leaves, leaf, mine
+                with _no_autocast(loss):
+                    torch.autograd.backward(boundary.entering, gradients)
+                del gradients, whole
+            done(boundary.block, loss)
 
         args, kwargs = self.task.arguments(batch)
         if self.profile.writes_input:
@@ -392,7 +420,8 @@ class LocalLearner:
                     "skipped or ran in another order); cut at a unit that always runs."
                 )
             with isolation.replay() if last else contextlib.nullcontext():
-                learn(last, loss)
+                backward(loss)
+                done(last, loss.detach())
         return losses
 
     def _forward_autocast(self, batch: Any) -> contextlib.AbstractContextManager[Any]:
@@ -471,6 +500,12 @@ class LocalLearner:
 
     def __repr__(self) -> str:
         return f"LocalLearner({type(self.model).__name__}, rule={self.rule.name!r}, {self.plan})"
+
+
+def _no_autocast(like: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Backward passes run outside of autocast, as PyTorch advises."""
+    device = like.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
 
 
 def _check_state(part: str, module: nn.Module, state: Mapping[str, Any]) -> None:

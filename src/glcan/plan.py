@@ -132,7 +132,7 @@ def choose_cuts(profile: Profile, blocks: int, cost: BlockCost | None = None) ->
     if blocks < 1 or blocks > len(places) - 1:
         raise CutError(
             f"blocks={blocks}, but this model can be cut into 1 to {len(places) - 1} blocks "
-            f"(it has {len(places) - 1} units with weights). Choose a number in that range."
+            f"(it has {len(places) - 1} units at which a block may begin). Choose a number in that range."
         )
     cost = functools.cache(cost or _saved_bytes(profile))
     largest, _ = _cheapest(len(places) - 1, blocks, cost, max)
@@ -159,8 +159,15 @@ def cheapest_cuts(
 
 
 def cut_places(profile: Profile) -> list[int]:
-    """Where blocks may begin and end: index 0, the index of each cuttable unit, and the number of units."""
-    return [0, *(profile.unit(name).index for name in profile.cuttable), len(profile.units)]
+    """Where blocks may begin and end: index 0, the index of each unit worth cutting at, and the number of units.
+
+    A head that comes after the last map (a classifier) is not worth a block of its own: it frees nothing, and alone it
+    learns badly, on features that nothing of it shapes. Naming it in ``cuts`` is still possible.
+    """
+    maps = [u.index for u in profile.units if u.output is not None and u.output.grid != (1, 1)]
+    last = max(maps, default=len(profile.units))
+    inner = [index for name in profile.cuttable if (index := profile.unit(name).index) <= last]
+    return [0, *inner, len(profile.units)]
 
 
 def _saved_bytes(profile: Profile) -> BlockCost:

@@ -231,7 +231,7 @@ def largest_batches(
     name = rules.create(rule, rule_options).name
     methods: list[tuple[str, Any, dict[str, Any]]] = [(baseline, baseline, {}) for baseline in BASELINES]
     for k in blocks:
-        if 1 < k <= len(bench(2).profile.cuttable) + 1:
+        if 1 < k < len(cut_places(bench(2).profile)):
             methods.append((f"{name}:{k}", None, {"blocks": k}))
             methods.append((f"{name}:{k}+recompute", None, {"blocks": k, "recompute": True}))
     for method, baseline, options in methods:
@@ -371,7 +371,7 @@ class _Bench:
         return Estimate(self.profile, self.pieces, costs)
 
     def _numbers_of_blocks(self) -> list[int]:
-        most = len(self.profile.cuttable) + 1
+        most = len(cut_places(self.profile)) - 1
         wanted = [1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, most]
         return sorted({k for k in wanted if k <= most})
 

@@ -37,6 +37,10 @@ class Task(ABC):
             GlcanError: the sample does not fit the task or the model.
         """
 
+    def part(self, batch: tuple[Any, ...], start: int, stop: int) -> tuple[Any, ...]:
+        """The images from ``start`` to ``stop`` of a batch; by default each item is cut along its first dimension."""
+        return tuple(item[start:stop] for item in batch)
+
     @abstractmethod
     def loss(self, output: Any, batch: tuple[Any, ...]) -> Tensor:
         """The last block's loss, from the model's own output."""

@@ -35,7 +35,13 @@ from glcan.rules.glcan.skeleton import (
     strides_of,
     widths_of,
 )
+from glcan.rules.glcan.super_resolution import SuperResolutionAuxiliary, fit_width
 from glcan.tasks.classification import Classification
+from glcan.tasks.super_resolution import SuperResolution
+
+_BUDGETS = {"classification": 0.07, "super-resolution": 0.12}
+# Super-resolution: channels of the global branch, the widest map at full resolution, parts of a batch.
+_CONTEXT, _WIDEST, _PARTS = 32, 32, 8
 
 
 class GLCAN(Rule):
@@ -43,14 +49,15 @@ class GLCAN(Rule):
 
     name: ClassVar[str] = "glcan"
     summary: ClassVar[str] = "global-local collaborative auxiliary networks (arXiv 2406.00446; our construction)"
-    tasks: ClassVar[tuple[str, ...]] = ("classification",)
+    tasks: ClassVar[tuple[str, ...]] = ("classification", "super-resolution")
 
     @dataclasses.dataclass(frozen=True)
     class Config:
         """Options.
 
         Attributes:
-            budget: forward FLOPs of all auxiliary networks together, as a share of the model's.
+            budget: forward FLOPs of all auxiliary networks together, as a share of the model's; none: the task's own
+                default, 0.07 for classification, 0.12 for super-resolution.
             unit_share: each auxiliary network may cost this share of the model's average unit even where the budget
                 would give it less, as with many blocks.
             unit_cost: each unit of the skeleton may cost this share of the real unit that it stands for; 0: no limit.
@@ -66,7 +73,7 @@ class GLCAN(Rule):
                 ``unit="backbone"``; none: no exchange.
         """
 
-        budget: float = 0.07
+        budget: float | None = None
         unit_share: float = 0.6
         unit_cost: float = 0.5
         memory: float = 2.0
@@ -78,7 +85,7 @@ class GLCAN(Rule):
         momentum: float | None = None
 
         def __post_init__(self) -> None:
-            if not 0 < self.budget <= 10:
+            if self.budget is not None and not 0 < self.budget <= 10:
                 raise ConfigError(
                     f"glcan.budget is {self.budget}; it must lie in (0, 10], 0.1 for a tenth of the model."
                 )
@@ -109,9 +116,44 @@ class GLCAN(Rule):
     config: Config
 
     def build(self, site: Site) -> nn.Module:
-        if not isinstance(site.task, Classification):
-            raise ConfigError(f"The rule 'glcan' serves {', '.join(self.tasks)}, not {site.task.name!r}.")
-        assert site.task.classes is not None
+        if isinstance(site.task, Classification):
+            return self._classification(site, site.task)
+        if isinstance(site.task, SuperResolution):
+            return self._super_resolution(site, site.task)
+        raise ConfigError(f"The rule 'glcan' serves {', '.join(self.tasks)}, not {site.task.name!r}.")
+
+    def _share(self, site: Site) -> float:
+        """Forward FLOPs that an auxiliary network may cost, for the whole batch."""
+        weighted = sum(unit.weights > 0 for unit in site.profile.units)
+        budget = self.config.budget or _BUDGETS[site.task.name]
+        share = max(budget / max(1, site.blocks - 1), self.config.unit_share / max(1, weighted))
+        return site.profile.flops * share
+
+    def _super_resolution(self, site: Site, task: SuperResolution) -> nn.Module:
+        if self.config.unit == "backbone":
+            raise ConfigError("glcan.unit='backbone' is for classification; leave it out for super-resolution.")
+        assert task.channels is not None
+        feature = site.features[site.main]
+        image = site.profile.image or feature.grid
+        scale = max(1, round(task.scale * image[0] / feature.grid[0]))
+        local, context = self.config.use_local, _CONTEXT if self.config.use_global else 0
+        if self.config.width is not None:
+            width = max(4, 4 * round(self.config.width * feature.channels / 4))
+        else:
+            pixels = site.profile.batch * math.prod(feature.grid)
+            width = fit_width(
+                feature.channels,
+                task.channels,
+                scale,
+                local,
+                context,
+                self._share(site) / pixels,
+                max(4, min(feature.channels, _WIDEST)),
+            )
+        return SuperResolutionAuxiliary(site.main, feature, task, scale, width, local, context, _PARTS)
+
+    def _classification(self, site: Site, task: Classification) -> nn.Module:
+        assert task.classes is not None
         feature = site.features[site.main]
         skeleton: Skeleton | BackboneSkeleton | None = None
         grid: tuple[int, int] | None = None
@@ -121,15 +163,10 @@ class GLCAN(Rule):
             levels = skeleton_levels(site, feature, self.config.depth)
             grid = levels[0].grid
             skeleton = self._skeleton(site, feature, levels)
-        return ClassificationAuxiliary(
-            site.main, site.features, grid, self.config.use_local, skeleton, site.task.classes
-        )
+        return ClassificationAuxiliary(site.main, site.features, grid, self.config.use_local, skeleton, task.classes)
 
     def _skeleton(self, site: Site, feature: Feature, levels: list[Level]) -> Skeleton:
-        weighted = sum(unit.weights > 0 for unit in site.profile.units)
-        share = site.profile.flops * max(
-            self.config.budget / max(1, site.blocks - 1), self.config.unit_share / max(1, weighted)
-        )
+        share = self._share(site)
         if self.config.width is not None:
             widths = widths_of(feature.channels, levels, self.config.width, math.inf)
         else:
@@ -141,8 +178,7 @@ class GLCAN(Rule):
         return Skeleton(feature.channels, widths, strides_of(levels))
 
     def segments(self, auxiliary: nn.Module) -> list[list[str]]:
-        assert isinstance(auxiliary, ClassificationAuxiliary)
-        skeleton = auxiliary.skeleton
+        skeleton = auxiliary.skeleton if isinstance(auxiliary, ClassificationAuxiliary) else None
         if skeleton is None:
             return []
         names = [f"skeleton.units.{name}" for name, _ in skeleton.units.named_children()]
