@@ -29,7 +29,7 @@ def test_version(glcan):
     assert (result.exit_code, result.output) == (0, f"glcan {metadata.version('glcan')}\n")
 
 
-@pytest.mark.parametrize("command", ["train", "compare", "evaluate", "predict", "data", "methods"])
+@pytest.mark.parametrize("command", ["plan", "train", "compare", "evaluate", "predict", "data", "methods"])
 def test_help(glcan, command):
     result = glcan(command, "--help")
     assert result.exit_code == 0
@@ -316,3 +316,77 @@ def test_stopping_a_process(tmp_path, number, code):
     assert "Traceback" not in errors
     progress = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["progress"]
     assert progress["step"] > 0
+
+
+# ---------------------------------------------------------------- plan
+
+PLAN = ["plan", "cifar_resnet20", "--batch", "64"]
+
+
+def test_plan_prints_one_json_object(glcan):
+    result = glcan(*PLAN, "--blocks", 4, "--json")
+    assert result.exit_code == 0
+    found = json.loads(result.stdout)
+    assert (found["model"], found["task"], found["batch"]) == ("cifar_resnet20", "classification", 64)
+    assert (found["blocks"], len(found["cuts"]), found["image"]) == (4, 3, [32, 32])
+    assert set(found["by_kind"]) == {
+        "parameters",
+        "gradients",
+        "optimizer_state",
+        "activations",
+        "auxiliary",
+        "inputs",
+    }
+    assert sum(found["by_kind"].values()) == found["peak_bytes"]
+    assert found["auxiliary_parameters"] > 0
+    assert found["vs_e2e"].keys() == {"peak_ratio", "activation_ratio", "flops_ratio"}
+    assert found["vs_e2e"]["activation_ratio"] < 0.5
+    assert found["vs_checkpoint"].keys() == {"checkpoint", "checkpoint-sqrt"}
+    assert found["flops_per_step"] > 0
+
+
+def test_plan_prints_tables(glcan):
+    result = glcan(*PLAN, "--memory", "60MiB")
+    assert result.exit_code == 0
+    assert "Fits 60MiB" in result.output
+    assert "checkpoint-sqrt" in result.output
+    assert "block2: layer" in result.output
+
+
+def test_plan_finds_the_largest_batches(glcan):
+    result = glcan("plan", "cifar_resnet20", "--memory", "64MiB", "--max-batch", "--blocks", 3, "--json")
+    assert result.exit_code == 0
+    rows = {row["method"]: row for row in json.loads(result.stdout)["largest_batch"]}
+    assert rows["glcan:3"]["batch"] > rows["e2e"]["batch"] > 0
+    assert all(row["peak_bytes"] <= 64 * 2**20 for row in rows.values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["plan", "cifar_resnet21"], "cifar_resnet20"),
+        ([*PLAN, "--image", "0x32"], "is no image size"),
+        ([*PLAN, "--image", "large"], "is no image size"),
+        ([*PLAN, "--batch", "0"], "must be at least 2"),
+        ([*PLAN, "--memory", "8"], "no unit"),
+        ([*PLAN, "--memory", "8Gigs"], "unknown"),
+        ([*PLAN, "--memory", "-1GiB"], "not positive"),
+        ([*PLAN, "--memory", "5MiB"], "No plan fits 5 MiB"),
+        ([*PLAN, "--memory", "1GiB", "--blocks", "4"], "not both"),
+        ([*PLAN, "--max-batch"], "needs a budget"),
+        ([*PLAN, "--blocks", "99"], "can be cut into 1 to"),
+        ([*PLAN, "--cuts", "layer9"], "layer"),
+        ([*PLAN, "--rule", "glcann"], "glcan"),
+        ([*PLAN, "--rule-option", "budgt=1"], "budget"),
+        ([*PLAN, "--optimizer", "sdg"], "sgd"),
+        ([*PLAN, "--precision", "fp8"], "fp32 or bf16"),
+        ([*PLAN, "--task", "detektion"], "classification"),
+        (["plan", "timm/vit_tiny_patch16_224", "--image", "225x97", "--batch", "2"], "225"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value[1:]),
+)
+def test_plan_refuses_in_one_line(glcan, arguments, said):
+    result = glcan(*arguments)
+    assert result.exit_code == 2
+    assert said in result.stderr
+    assert "Traceback" not in result.output + result.stderr
