@@ -88,7 +88,7 @@ SETTINGS = [
     for rule in RULES
     for options in OPTIONS.get(rule, [{}])
     for task in SAMPLES
-    if task in RULES[rule].tasks
+    if task in RULES[rule].tasks and (task == "classification" or "unit" not in options)
     for family in MODELS[task]
 ]
 
