@@ -390,3 +390,14 @@ def test_plan_refuses_in_one_line(glcan, arguments, said):
     assert result.exit_code == 2
     assert said in result.stderr
     assert "Traceback" not in result.output + result.stderr
+
+
+def test_train_within_a_budget(glcan, tmp_path):
+    quick = ["--limit", "64", "--batch", "32", "--epochs", "1", "--device", "cpu", "--model", "cifar_resnet20"]
+    result = glcan("train", *quick, "--memory", "12MiB", "--out", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    assert RunDirectory(tmp_path / "run").read_summary().blocks > 1
+    refused = glcan("train", *quick, "--memory", "2MiB", "--out", tmp_path / "small")
+    assert refused.exit_code == 2
+    assert "No plan fits 2 MiB" in refused.stderr
+    assert not (tmp_path / "small").exists()

@@ -175,3 +175,12 @@ def test_default_warmup():
     assert RunConfig(epochs=50, schedule="onecycle").warmup == 15
     assert RunConfig(epochs=50, schedule="halving").warmup == 0
     assert RunConfig(epochs=50, warmup_epochs=0).warmup == 0
+
+
+def test_a_budget_of_memory_decides_the_blocks() -> None:
+    assert RunConfig(memory="2GiB").memory == "2GiB"
+    with pytest.raises(ConfigError, match="no unit"):
+        RunConfig(memory="2")
+    for other in ({"blocks": 4}, {"cuts": ["layer2.0"]}, {"recompute": True}):
+        with pytest.raises(ConfigError, match="give one of the two"):
+            RunConfig(memory="2GiB", **other)

@@ -10,7 +10,7 @@ import typer
 from glcan.cli.options import Recipe, Task, configure, free_folder, settings
 
 
-@settings(without=("rule", "blocks", "seed"))
+@settings(without=("rule", "blocks", "memory", "recompute", "seed"))
 def compare(
     task: Task = "classification",
     methods: Annotated[

@@ -26,7 +26,7 @@ Recipe = Annotated[
 _PANELS = {
     "Model": ("model", "model_options"),
     "Data": ("data", "data_root", "image_size", "scale", "patch", "crops", "val", "limit", "skip_corrupt", "download"),
-    "Local learning": ("rule", "blocks", "cuts", "units", "rule_options"),
+    "Local learning": ("rule", "blocks", "cuts", "memory", "recompute", "units", "rule_options"),
     "Optimization": (
         "epochs",
         "batch",
@@ -76,8 +76,8 @@ def settings(*, only: Iterable[str] = SETTINGS, without: Iterable[str] = ()) -> 
 def configure(task: str, given: Mapping[str, Any], recipe: str | None = None, run: Path | None = None) -> RunConfig:
     """A configuration: what was given over the recipe, or over the settings of a run, over the defaults.
 
-    Another rule comes without the blocks and options that the recipe has for its own; cuts and a number of blocks
-    replace each other.
+    Another rule comes without the blocks and options that the recipe has for its own; cuts, a number of blocks and a
+    budget of memory replace each other.
 
     Raises:
         ConfigError, UnknownName: the recipe or the settings cannot be used.
@@ -89,8 +89,8 @@ def configure(task: str, given: Mapping[str, Any], recipe: str | None = None, ru
         base = RunDirectory(run).read_config().model_dump()
     if given.get("rule", base.get("rule")) != base.get("rule"):
         base = {name: value for name, value in base.items() if name not in ("blocks", "cuts", "rule_options")}
-    if given.keys() & {"blocks", "cuts"}:
-        base = {name: value for name, value in base.items() if name not in ("blocks", "cuts")}
+    if given.keys() & {"blocks", "cuts", "memory"}:
+        base = {name: value for name, value in base.items() if name not in ("blocks", "cuts", "memory")}
     merged = {
         name: base[name] | value if isinstance(value, dict) and isinstance(base.get(name), dict) else value
         for name, value in given.items()

@@ -153,7 +153,15 @@ def _configs(config: RunConfig, methods: list[Method], seeds: Sequence[int]) -> 
     settings = config.model_dump()
     configs: dict[int, dict[Method, RunConfig]] = {seed: {} for seed in seeds}
     for seed, method in itertools.product(seeds, methods):
-        change: dict[str, Any] = {"rule": method.rule, "seed": seed, "blocks": None, "cuts": None, "rule_options": {}}
+        change: dict[str, Any] = {
+            "rule": method.rule,
+            "seed": seed,
+            "blocks": None,
+            "cuts": None,
+            "memory": None,
+            "recompute": False,
+            "rule_options": {},
+        }
         if not method.baseline:
             change["blocks"] = method.blocks
         if method in own:

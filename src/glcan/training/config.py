@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic_core import ErrorDetails
 
 from glcan.errors import ConfigError, UnknownName
+from glcan.sizes import parse_bytes
 
 #: Fields that say where a run happens, not what it computes. They alone may differ when a run is resumed.
 PLACE_FIELDS = frozenset({"data_root", "download", "device", "workers"})
@@ -87,6 +88,10 @@ class RunConfig(BaseModel):
     """Number of gradient-isolated blocks; 1 is plain back-propagation; default: 4."""
     cuts: list[str] | None = None
     """Names of the units at which a new block begins, in the order of execution, in place of --blocks."""
+    memory: str | None = None
+    """Budget for the peak of a step, such as 8GiB, in place of --blocks: the cheapest plan that fits (`glcan plan`)."""
+    recompute: bool = False
+    """Activation checkpointing inside all blocks: less memory, about a third more compute."""
     units: list[str] | None = None
     """Names of the modules that are never cut inside; default: found from the model."""
     rule_options: dict[str, Any] = Field(default_factory=dict)
@@ -181,6 +186,11 @@ class RunConfig(BaseModel):
                 f"milestones = {self.milestones} need schedule = 'halving', not {self.schedule!r}; set --schedule "
                 "halving or leave --milestones out."
             )
+        if self.memory is not None:
+            parse_bytes(self.memory)
+            others = [n for n in ("blocks", "cuts", "recompute") if getattr(self, n) not in (None, False)]
+            if others:
+                raise ConfigError(f"memory = {self.memory!r} decides {others[0]} by itself; give one of the two.")
         if self.cuts is not None and self.blocks is not None and self.blocks != len(self.cuts) + 1:
             raise ConfigError(
                 f"blocks = {self.blocks} contradicts {len(self.cuts)} cuts, which make {len(self.cuts) + 1} blocks; "

@@ -24,7 +24,18 @@ from glcan.training.checkpoint import write_atomically
 from glcan.training.config import RunConfig
 
 # A difference in one of these means other weights, so that the checkpoint could not even be loaded.
-_MODEL_FIELDS = ("model", "model_options", "task", "rule", "rule_options", "blocks", "cuts", "units", "optimizer")
+_MODEL_FIELDS = (
+    "model",
+    "model_options",
+    "task",
+    "rule",
+    "rule_options",
+    "blocks",
+    "cuts",
+    "memory",
+    "units",
+    "optimizer",
+)
 
 
 class Metric(BaseModel):

@@ -142,7 +142,7 @@ def build(config: RunConfig, data: ImageData | PairData) -> LocalLearner:
     rule = rules.create(config.rule, config.rule_options)
     blocks = config.blocks
     if rule.local:
-        blocks = None if config.cuts is not None else blocks or DEFAULT_BLOCKS
+        blocks = None if config.cuts is not None or config.memory is not None else blocks or DEFAULT_BLOCKS
     device = resolve_device(config.device)
     if data.size("train") == 0:
         raise DataError(
@@ -170,6 +170,8 @@ def build(config: RunConfig, data: ImageData | PairData) -> LocalLearner:
             optimizer=_optimizer(config),
             autocast=autocast,
             clip_norm=config.clip_norm,
+            recompute=config.recompute,
+            memory=config.memory,
         )
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
