@@ -5,10 +5,11 @@ from __future__ import annotations
 from glcan.errors import UnknownName
 from glcan.tasks.base import Task
 from glcan.tasks.classification import Classification
+from glcan.tasks.detection import Detection
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (Classification,)}
+TASKS: dict[str, type[Task]] = {task.name: task for task in (Classification, Detection)}
 
-__all__ = ["TASKS", "Classification", "Task", "create", "names"]
+__all__ = ["TASKS", "Classification", "Detection", "Task", "create", "names"]
 
 
 def names() -> list[str]:
