@@ -2,7 +2,7 @@
 
 | name | model |
 |---|---|
-| `torchvision/retinanet_resnet50_fpn`, `torchvision/fcos_...`, `torchvision/fasterrcnn_...` | as torchvision builds it |
+| `torchvision/retinanet_resnet50_fpn`, `torchvision/fcos_...`, ... | as torchvision builds it |
 | `retinanet_resnet18_fpn`, `fcos_resnet34_fpn`, `fasterrcnn_resnet101_fpn`, ... | the same, any of four ResNets |
 | `retinanet_small`, `fcos_small` | a narrow ResNet-18 with a pyramid of three levels, for small images and for CPUs |
 

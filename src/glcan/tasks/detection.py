@@ -61,8 +61,9 @@ def total_loss(losses: Any, origin: str) -> Tensor:
             f"{origin} returned {type(losses).__name__}; detection needs a dict of scalar losses, as torchvision's "
             "detectors return in train mode. Call model.train() first."
         )
+    first: Tensor
     first, *rest = losses.values()
-    return sum(rest, first)
+    return sum(rest, start=first)
 
 
 def check_targets(images: Sequence[Tensor], targets: Sequence[Mapping[str, Tensor]]) -> None:
