@@ -1,7 +1,8 @@
 """Detection data in the layout of COCO: annotations/instances_*.json and folders of images.
 
 Source: Lin et al. 2014, "Microsoft COCO: Common Objects in Context", arXiv 1405.0312; the format is that of
-cocodataset.org/#format-data. Crowds (``iscrowd``) are not learned, and are ignored in evaluation as COCO's own code does.
+cocodataset.org/#format-data. Crowds (``iscrowd``) are not learned, and are ignored in evaluation as COCO's own code
+does.
 """
 
 from __future__ import annotations
