@@ -17,6 +17,7 @@ Shapes: B batch, H height, W width.
 
 from __future__ import annotations
 
+import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -24,7 +25,7 @@ from typing import Any
 
 from torch import nn
 
-from glcan.errors import ConfigError
+from glcan.errors import ConfigError, UnknownName
 
 __all__ = ["create_detector", "detector_names", "is_detector"]
 
@@ -69,7 +70,8 @@ def create_detector(
             channels of the first stage (small ones).
 
     Raises:
-        ConfigError: other channels than 3, or options that the model does not take.
+        ConfigError: other channels than 3, or a value that the model does not take.
+        UnknownName: an option that the model does not have.
     """
     if in_channels != 3:
         raise ConfigError(f"The detector {name!r} takes images of 3 channels, not {in_channels}. Convert them to RGB.")
@@ -77,6 +79,7 @@ def create_detector(
         raise ConfigError(
             f"num_classes={num_classes} of the detector {name!r}: it must be at least 2, background included."
         )
+    _check_options(name, options)
     given = {"num_classes": num_classes or COCO_CLASSES} | _sizes(name, image_size, options)
     factory: Callable[..., nn.Module]
     if name.startswith("torchvision/"):
@@ -95,6 +98,22 @@ def create_detector(
         raise ConfigError(
             f"The detector {name!r} cannot be made with the options {options}: {error}. Leave out or correct them."
         ) from error
+
+
+def _check_options(name: str, options: dict[str, Any]) -> None:
+    """Torchvision's detectors take any keyword and ignore those they do not know."""
+    from torchvision.models import detection
+
+    classes = {"retinanet": detection.RetinaNet, "fcos": detection.FCOS, "fasterrcnn": detection.FasterRCNN}
+    kind = classes[name.removeprefix("torchvision/").split("_")[0]]
+    known = set(inspect.signature(kind).parameters) - {"backbone", "num_classes", "kwargs"}
+    if name.startswith("torchvision/"):
+        known |= {"trainable_backbone_layers", "progress"}
+    else:
+        known |= {"norm", "width", "channels"} if name in SMALL else {"norm"}
+    for option in options:
+        if option not in known:
+            raise UnknownName(f"option of the model {name!r}", option, sorted(known))
 
 
 def _sizes(name: str, image_size: int | None, options: dict[str, Any]) -> dict[str, Any]:

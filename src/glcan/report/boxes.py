@@ -63,7 +63,7 @@ def draw_boxes(
 def describe_boxes(
     prediction: Mapping[str, Tensor], classes: Sequence[str], *, min_score: float = MIN_SCORE
 ) -> list[dict[str, Any]]:
-    """Detections as plain values, best first: {"class", "box": [x1, y1, x2, y2] in pixels, "score"}; see `draw_boxes`."""
+    """What `draw_boxes` draws as plain values, best first: {"class", "box": [x1, y1, x2, y2] in pixels, "score"}."""
     boxes, labels, scores = _shown(prediction, min_score)
     found: list[dict[str, Any]] = [
         {"class": _name(label, classes), "box": [round(value, 2) for value in box]}

@@ -32,6 +32,7 @@ class Detection(Task):
         if len(batch) != 2:
             raise ConfigError(f"A detection batch is (images, targets); this one has {len(batch)} items.")
         images, targets = batch
+        _check_structure(images, targets)
         return (list(images), [dict(target) for target in targets]), {}
 
     def prepare(self, shapes: tuple[tuple[int, ...], ...], batch: tuple[Any, ...]) -> None:
@@ -73,9 +74,7 @@ def check_targets(images: Sequence[Tensor], targets: Sequence[Mapping[str, Tenso
         ConfigError: the batch has another form.
         DataError: a box without area or with a value that is no number, a label below 1.
     """
-    if isinstance(targets, Tensor | Mapping) or len(images) != len(targets):
-        count = len(targets) if isinstance(targets, Sequence) else type(targets).__name__
-        raise ConfigError(f"A detection batch has one target for each image; this one has {len(images)} and {count}.")
+    _check_structure(images, targets)
     for index, (image, target) in enumerate(zip(images, targets, strict=True)):
         if image.dim() != 3 or not image.is_floating_point():
             raise ConfigError(
@@ -112,3 +111,15 @@ def check_targets(images: Sequence[Tensor], targets: Sequence[Mapping[str, Tenso
                 f"A label of target {index} is {int(labels.min())}; labels of objects count from 1, 0 is the "
                 "background."
             )
+
+
+def _check_structure(images: Any, targets: Any) -> None:
+    if not isinstance(targets, list | tuple) or not all(isinstance(target, Mapping) for target in targets):
+        raise ConfigError(
+            f"The targets of a detection batch are a list of dicts, one for each image, not {type(targets).__name__}."
+        )
+    if len(images) != len(targets):
+        raise ConfigError(
+            f"A detection batch has one target for each image; this one has {len(images)} images and {len(targets)} "
+            "targets."
+        )
