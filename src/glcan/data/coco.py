@@ -42,10 +42,10 @@ class CocoDetection(FileDetection):
         annotations, files, categories = {}, {}, {}
         for source, name in zip(("train", "test"), names, strict=True):
             path = root / "annotations" / f"instances_{name}.json"
+            annotations[source], file_names, categories[source] = read_coco(path)
             folder = next((f for f in (root / name, root / "images" / name) if f.is_dir()), None)
             if folder is None:
                 raise DataError(f"The images of {str(path)!r} are not there: no folder {name}. Expected: {_LAYOUT}.")
-            annotations[source], file_names, categories[source] = read_coco(path)
             files[source] = [str(folder / file) for file in file_names]
         if categories["train"] != categories["test"]:
             odd = sorted(set(categories["train"].items()) ^ set(categories["test"].items()))
