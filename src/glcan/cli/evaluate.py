@@ -37,6 +37,9 @@ def evaluate(
         Path | None,
         typer.Argument(help="Directory of a finished run; or leave it out, and give --model and --weights."),
     ] = None,
+    task: Annotated[
+        str | None, typer.Option(help="Task of --model: classification (default) or detection; a run has its own.")
+    ] = None,
     weights: Annotated[
         Path | None, typer.Option(help="Weights in place of the run's: .safetensors, or a saved state_dict.")
     ] = None,
@@ -52,13 +55,19 @@ def evaluate(
     from glcan.errors import ConfigError
     from glcan.training import RunDirectory, autocast_dtype, create_model, load_data, load_weights, resolve_device
     from glcan.training import evaluate as run_evaluation
+    from glcan.training.evaluation import MEASURES
 
     if run is None and (weights is None or "model" not in given):
         raise ConfigError("evaluate needs weights: name the directory of a run, or give --model and --weights.")
     if run is not None and weights is None:
         RunDirectory(run).read_summary()  # says so if the run is not finished
         weights = RunDirectory(run).weights
-    config = configure("classification", given, run=run)
+    if run is not None:
+        own = RunDirectory(run).read_config().task
+        if task not in (None, own):
+            raise ConfigError(f"--task {task} contradicts the run {run}, whose task is {own}. Leave --task out.")
+        task = own
+    config = configure(task or "classification", given, run=run)
     device = resolve_device(config.device)
     data = load_data(config)
     model = create_model(config, len(data.classes), data.shape)
@@ -78,6 +87,7 @@ def evaluate(
         typer.echo(json.dumps(result | metrics, indent=2))
         return
     table = Table("metric", "value", title=f"{weights} on {data.size(split)} {split} images of {data.name}")
+    units = MEASURES[config.task].units
     for name, value in metrics.items():
-        table.add_row(name, f"{value:.4f} nats" if name == "loss" else f"{100 * value:.2f} %")
+        table.add_row(name, f"{100 * value:.2f} %" if units[name] == "fraction" else f"{value:.4f} {units[name]}")
     Console().print(table)

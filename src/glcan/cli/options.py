@@ -16,7 +16,9 @@ from glcan.errors import ConfigError
 from glcan.training import RunConfig, RunDirectory, read_recipe
 from glcan.training.config import flag
 
-Task = Annotated[str, typer.Argument(help="What is learned: classification.", metavar="TASK", show_default=True)]
+Task = Annotated[
+    str, typer.Argument(help="What is learned: classification or detection.", metavar="TASK", show_default=True)
+]
 Recipe = Annotated[
     str | None, typer.Option(help="Settings to start from: the name of a recipe that comes with glcan, or PATH.toml.")
 ]
@@ -35,6 +37,7 @@ _PANELS = {
         "weight_decay",
         "label_smoothing",
         "schedule",
+        "milestones",
         "warmup_epochs",
         "clip_norm",
     ),

@@ -193,7 +193,7 @@ class DetectionData(ABC):
         seed, val, limit: see `glcan.data.load`; val and limited images are drawn at random.
 
     Attributes:
-        shape: (3, H, W) of the images if all have one size, else (3, image_size, image_size); None for unknown sizes.
+        shape: (3, image_size, image_size); images may differ in size, the model resizes them.
 
     Raises:
         DataError: no images in a source, or no boxes to learn.
@@ -214,6 +214,7 @@ class DetectionData(ABC):
         limit: int | None = None,
     ) -> None:
         self.name, self.classes, self.image_size = name, list(classes), image_size
+        self.shape = (3, image_size, image_size)
         self.category_ids = list(category_ids or range(1, len(classes) + 1))
         self._annotations, self._seed = dict(annotations), seed
         self._augmentation = augmentation or BoxAugmentation()
@@ -252,13 +253,6 @@ class DetectionData(ABC):
             )
         parts["train"] = ("train", chosen.nonzero()[:, 0])
         return parts
-
-    @property
-    def shape(self) -> tuple[int, int, int] | None:
-        sizes = torch.cat([values.sizes for values in self._annotations.values()])
-        if bool((sizes == sizes[0]).all()):
-            return 3, int(sizes[0, 0]), int(sizes[0, 1])
-        return None if self.image_size is None else (3, self.image_size, self.image_size)
 
     def size(self, split: str) -> int:
         """Images in the split "train", "val" (0 if there is none) or "test"."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import tomllib
 from importlib import resources
 from pathlib import Path
@@ -17,6 +18,25 @@ from glcan.errors import ConfigError, UnknownName
 #: Fields that say where a run happens, not what it computes. They alone may differ when a run is resumed.
 PLACE_FIELDS = frozenset({"data_root", "download", "device", "workers"})
 
+#: Defaults of a task that are not those of the fields; the options go with the model, and only with it.
+TASK_DEFAULTS: dict[str, dict[str, Any]] = {
+    "detection": {
+        "model": "fcos_small",
+        "data": "scenes",
+        "rule": "e2e",  # until a local rule serves detection
+        "batch": 8,
+        "optimizer": "adamw",
+        "lr": 1e-3,
+        "weight_decay": 1e-2,
+        "clip_norm": 5.0,
+    },
+}
+
+#: Fields that some tasks have no use for.
+TASK_FIELDS: dict[str, tuple[str, ...]] = {
+    "classification": ("download", "label_smoothing"),
+}
+
 #: Blocks of a rule when neither blocks nor cuts are given; the baselines train in one.
 DEFAULT_BLOCKS = 4
 
@@ -30,18 +50,20 @@ class RunConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     model: str = "cifar_resnet20"
-    """Model: a glcan name (cifar_resnet32), torchvision/NAME, timm/NAME, or package.module:factory for your own."""
+    """Model: a glcan name (cifar_resnet32, fcos_small), torchvision/NAME, timm/NAME, or package.module:factory for your
+    own."""
     model_options: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments for the model's constructor."""
-    task: Literal["classification"] = "classification"
-    """What is learned."""
+    task: Literal["classification", "detection"] = "classification"
+    """What is learned. Detection has some defaults of its own: `TASK_DEFAULTS`."""
 
     data: str = "digits"
     """Data set: a name that `glcan data` lists; imagefolder, with --data-root, for images of your own."""
     data_root: Path | None = None
     """Folder that holds the data set; default: where `glcan data` finds it."""
     image_size: int | None = Field(default=None, ge=1)
-    """Side length of the images that the model gets, in pixels; default: the data set's (`glcan data`)."""
+    """Side length of the images that the model gets, in pixels; of detection, the shorter side to which the model
+    resizes; default: the data set's (`glcan data`)."""
     val: int | float = Field(default=0, ge=0)
     """Validation images split off the training images: a count, or a fraction below 1; 0 for none."""
     limit: int | None = Field(default=None, ge=1)
@@ -78,8 +100,11 @@ class RunConfig(BaseModel):
     """Weight decay on every parameter, auxiliary ones included."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of the target's probability that is spread over all classes, in every block's loss."""
-    schedule: Literal["cosine", "onecycle"] = "cosine"
-    """Learning rate over the steps: cosine to 0 after a linear warm-up, or one cycle (lr/25 to lr to lr/250000)."""
+    schedule: Literal["cosine", "onecycle", "tenths"] = "cosine"
+    """Learning rate over the steps: cosine to 0 after a linear warm-up, one cycle (lr/25 to lr to lr/250000), or a
+    tenth at each of the milestones."""
+    milestones: list[float] | None = None
+    """Where schedule tenths lowers the learning rate, as increasing fractions of the run; default: 2/3 and 8/9."""
     warmup_epochs: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     """Epochs of rising learning rate; default: one, but at most a tenth of the run; 30 % of the run with onecycle."""
     clip_norm: float | None = Field(default=None, gt=0, allow_inf_nan=False)
@@ -102,7 +127,7 @@ class RunConfig(BaseModel):
     @classmethod
     def _as_config_error(cls, values: Any, handler: Any) -> RunConfig:
         try:
-            return handler(values)
+            return handler(_with_task_defaults(values))
         except ValidationError as error:
             lines = [_line(cls, details) for details in error.errors()]
             raise ConfigError("\n".join(lines)) from None
@@ -126,8 +151,25 @@ class RunConfig(BaseModel):
                 raise ValueError("must be auto, cpu, cuda, cuda:N or another device that torch knows") from None
         return value
 
+    @field_validator("milestones")
+    @classmethod
+    def _increasing_fractions(cls, value: list[float] | None) -> list[float] | None:
+        if value is not None and not all(low < high for low, high in itertools.pairwise([0.0, *value, 1.0])):
+            raise ValueError("must be fractions between 0 and 1, each larger than the one before")
+        return value
+
     @model_validator(mode="after")
     def _fits_together(self) -> RunConfig:
+        for task, names in TASK_FIELDS.items():
+            for name in names:
+                value = getattr(self, name)
+                if task != self.task and value != type(self).model_fields[name].default:
+                    raise ConfigError(f"{name} = {value!r} is for {task}, not for {self.task}; leave {flag(name)} out.")
+        if self.milestones is not None and self.schedule != "tenths":
+            raise ConfigError(
+                f"milestones = {self.milestones} need schedule = 'tenths', not {self.schedule!r}; set --schedule "
+                "tenths or leave --milestones out."
+            )
         if self.cuts is not None and self.blocks is not None and self.blocks != len(self.cuts) + 1:
             raise ConfigError(
                 f"blocks = {self.blocks} contradicts {len(self.cuts)} cuts, which make {len(self.cuts) + 1} blocks; "
@@ -163,6 +205,16 @@ def flag(name: str) -> str:
     if name == "task":
         return "TASK"
     return "--" + name.removesuffix("s" if name.endswith("_options") else "").replace("_", "-")
+
+
+def _with_task_defaults(values: Any) -> Any:
+    """What was given over the task's own defaults."""
+    if not isinstance(values, dict):
+        return values
+    defaults = TASK_DEFAULTS.get(str(values.get("task")), {})
+    if "model" in values:
+        defaults = {name: value for name, value in defaults.items() if name != "model_options"}
+    return defaults | values
 
 
 def _line(cls: type[RunConfig], details: ErrorDetails) -> str:

@@ -1,8 +1,9 @@
-"""Metrics of a model on one split of a data set."""
+"""Metrics of a model on one split of a data set, for every task."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,14 +11,34 @@ from torch import nn
 
 from glcan.errors import DataError
 from glcan.training.checkpoint import preserved_rng
+from glcan.training.detection import COCO_METRICS, evaluate_detection
 
 if TYPE_CHECKING:
-    from glcan.data import ImageData
+    from glcan.data import DetectionData, ImageData
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What `evaluate` gives for a task.
+
+    Attributes:
+        main: the metric that a run and a comparison are judged by; more is better.
+        units: of every metric, in the order in which they are shown; "fraction" is printed in percent.
+    """
+
+    main: str
+    units: Mapping[str, str]
+
+
+MEASURES: dict[str, Measures] = {
+    "classification": Measures("accuracy", {"accuracy": "fraction", "accuracy_top5": "fraction", "loss": "nats"}),
+    "detection": Measures("map", dict.fromkeys(COCO_METRICS, "fraction")),
+}
 
 
 def evaluate(
     model: nn.Module,
-    data: ImageData,
+    data: ImageData | DetectionData,
     split: str = "test",
     *,
     batch: int = 256,
@@ -26,12 +47,12 @@ def evaluate(
     workers: int = 0,
     each_batch: Callable[[], object] | None = None,
 ) -> dict[str, float]:
-    """Metrics of a classifier, in evaluation mode, on the device where the model is.
+    """Metrics of a model, in evaluation mode, on the device where the model is.
 
     The model's training mode and every random generator are left as they were.
 
     Args:
-        model: images [B, C, H, W] to scores [B, number of classes].
+        model: images [B, C, H, W] to scores [B, number of classes]; or a detector, see `detect`.
         data: a data set with at least one image in ``split``.
         split: "train", "val" or "test".
         batch: images at a time.
@@ -41,12 +62,19 @@ def evaluate(
         each_batch: called after each batch.
 
     Returns:
+        What `MEASURES` says of the task. Detection: see `coco_metrics`. Classification:
         ``accuracy`` and, with more than 5 classes, ``accuracy_top5``, as fractions; ``loss``, the mean cross-entropy
         in nats.
 
     Raises:
         DataError: the split is empty.
     """
+    from glcan.data import DetectionData
+
+    if isinstance(data, DetectionData):
+        return evaluate_detection(
+            model, data, split, batch=batch, autocast=autocast, workers=workers, each_batch=each_batch
+        )
     from torchmetrics import MetricCollection
     from torchmetrics.classification import MulticlassAccuracy
 

@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from glcan.errors import CheckpointError, ConfigError, DataError, GlcanError, NonFiniteLoss, RunError
 from glcan.training import checkpoint
 from glcan.training.config import DEFAULT_BLOCKS, RunConfig
+from glcan.training.detection import check_predictions
 from glcan.training.environment import environment, resolve_device
-from glcan.training.evaluation import evaluate
+from glcan.training.evaluation import MEASURES, Measures, evaluate
 from glcan.training.progress import Reporter
 from glcan.training.run import Metric, RunDirectory, Summary, write_json
 from glcan.training.schedule import learning_rate
@@ -30,10 +32,9 @@ from glcan.training.schedule import learning_rate
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-    from glcan.data import ImageData
+    from glcan.data import DetectionData, ImageData
     from glcan.learner import LocalLearner
-
-_UNITS = {"accuracy": "fraction", "accuracy_top5": "fraction", "loss": "nats"}
+    from glcan.tasks import Task
 
 
 def train(config: RunConfig, out: Path, *, resume: bool = False, progress: bool = True) -> Summary:
@@ -66,7 +67,7 @@ def train(config: RunConfig, out: Path, *, resume: bool = False, progress: bool 
             return _Training(config, run, data, learner, surroundings, progress).run_all()
 
 
-def load_data(config: RunConfig) -> ImageData:
+def load_data(config: RunConfig) -> ImageData | DetectionData:
     """The data set of a configuration.
 
     Raises:
@@ -74,6 +75,16 @@ def load_data(config: RunConfig) -> ImageData:
     """
     from glcan import data
 
+    if config.task == "detection":
+        return data.load_detection(
+            config.data,
+            root=config.data_root,
+            seed=config.seed,
+            val=config.val,
+            limit=config.limit,
+            skip_corrupt=config.skip_corrupt,
+            image_size=config.image_size,
+        )
     return data.load(
         config.data,
         root=config.data_root,
@@ -86,32 +97,46 @@ def load_data(config: RunConfig) -> ImageData:
     )
 
 
-def create_model(config: RunConfig, classes: int, shape: tuple[int, int, int]) -> nn.Module:
+def create_model(config: RunConfig, classes: int, shape: tuple[int, int | None, int | None]) -> nn.Module:
     """The model of a configuration, with the initial weights of its seed, on the CPU.
 
     Args:
-        config: its ``model``, ``model_options`` and ``seed``.
-        classes: number of classes.
-        shape: channels, height and width of an image.
+        config: its ``task``, ``model``, ``model_options`` and ``seed``.
+        classes: number of classes, for detection without the background.
+        shape: channels, height and width of an image; None for the model's own size.
     """
     from glcan import models
 
     torch.manual_seed(config.seed)
     return models.create(
-        config.model, num_classes=classes, in_channels=shape[0], image_size=shape[1], **config.model_options
+        config.model,
+        num_classes=classes + (config.task == "detection"),  # the background is a class there
+        in_channels=shape[0],
+        image_size=shape[1],
+        **config.model_options,
     )
 
 
-def build(config: RunConfig, data: ImageData) -> LocalLearner:
+def to_device(
+    batch: Sequence[Any], device: torch.device, layout: torch.memory_format = torch.contiguous_format
+) -> tuple[Any, ...]:
+    """A batch, nested tensors of any task, on a device, with batches of images in a memory layout."""
+
+    def move(tensor: Tensor) -> Tensor:
+        return tensor.to(device, memory_format=layout) if tensor.dim() == 4 else tensor.to(device)
+
+    return tuple(tree_map_only(Tensor, move, list(batch)))
+
+
+def build(config: RunConfig, data: ImageData | DetectionData) -> LocalLearner:
     """The learner of a configuration: model from ``config.seed``, on ``config.device``, checked against the data.
 
     Raises:
         DataError: labels are out of range, or the images are not of the shape that the data set says.
-        ConfigError: the model refuses such images, or does not give one score per class.
+        ConfigError: the model refuses such images, or does not give one score per class (boxes, for detection).
     """
     from glcan import rules
     from glcan.learner import LocalLearner
-    from glcan.tasks import Classification
 
     rule = rules.create(config.rule, config.rule_options)
     blocks = config.blocks
@@ -121,18 +146,19 @@ def build(config: RunConfig, data: ImageData) -> LocalLearner:
     if data.size("train") == 0:
         raise DataError(f"Data set {data.name!r} has no training images. Lower --val, or give more images.")
     with checkpoint.preserved_rng(device):
-        images, labels = next(iter(data.loader("train", config.batch)))
-    _check_images(images, data)
+        batch: tuple[Any, ...] = next(iter(data.loader("train", config.batch)))
+    if config.task == "classification":
+        _check_images(batch[0], data)
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     model = create_model(config, len(data.classes), data.shape).to(device).to(memory_format=layout)
-    images, labels = images.to(device, memory_format=layout), labels.to(device)
+    batch = to_device(batch, device, layout)
     autocast = autocast_dtype(config)
-    _check_model(config, model, images, data, autocast)
+    _check_model(config, model, batch[0], data, autocast)
     try:
         return LocalLearner(
             model,
-            Classification(label_smoothing=config.label_smoothing),
-            (images, labels),
+            _task(config),
+            batch,
             blocks=blocks,
             cuts=config.cuts,
             units=config.units,
@@ -145,8 +171,17 @@ def build(config: RunConfig, data: ImageData) -> LocalLearner:
         if "more than 1 value per channel" not in str(error):
             raise
         raise ConfigError(
-            f"{len(images)} image per batch is too few for the BatchNorm of {config.model!r} ({error}). Raise --batch."
+            f"{len(batch[0])} image per batch is too few for the BatchNorm of {config.model!r} ({error}). "
+            "Raise --batch."
         ) from error
+
+
+def _task(config: RunConfig) -> Task:
+    from glcan.tasks import Classification, create
+
+    if config.task == "classification":
+        return Classification(label_smoothing=config.label_smoothing)
+    return create(config.task)
 
 
 def autocast_dtype(config: RunConfig) -> torch.dtype | None:
@@ -215,7 +250,7 @@ class _Training:
         self,
         config: RunConfig,
         run: RunDirectory,
-        data: ImageData,
+        data: ImageData | DetectionData,
         learner: LocalLearner,
         surroundings: dict[str, Any],
         progress: bool,
@@ -280,19 +315,18 @@ class _Training:
             batch = next(batches, None)
             if batch is None:
                 break
-            images, labels = batch
-            images = images.to(self.device, memory_format=self.layout)
-            labels = labels.to(self.device)
+            batch = to_device(batch, self.device, self.layout)
             rate = learning_rate(config, state.step, self.steps_per_epoch)
             for optimizer in self.learner.optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = rate
             with self._memory_advice():
-                losses = self.learner.step(images, labels)
+                losses = self.learner.step(*batch)
+            images = len(batch[0])
             state.step += 1
             state.batch += 1
-            state.images += len(labels)
-            self._note_losses(losses, len(labels))
+            state.images += images
+            self._note_losses(losses, images)
             state.epoch_seconds += time.monotonic() - began
             report.step(state.epoch + 1)
             self.stop.check()
@@ -305,7 +339,7 @@ class _Training:
         self._resolve_losses()
         state.epoch_seconds += time.monotonic() - began
 
-    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def _batches(self) -> Iterator[tuple[Any, ...]]:
         """The batches of the current epoch that are still to come."""
         loader = self.data.loader(
             "train",
@@ -318,7 +352,7 @@ class _Training:
         # Starting a loader draws a seed for its workers: a run that starts one more because it was resumed would
         # otherwise go on with other random numbers.
         with checkpoint.preserved_rng(self.device):
-            batches = iter(loader)
+            batches: Iterator[tuple[Any, ...]] = iter(loader)
             first = list(itertools.islice(batches, 1))
         return itertools.chain(first, batches)
 
@@ -439,11 +473,12 @@ class _Training:
         learner, state, last = self.learner, self.state, self.history[-1]
         checkpoint.write_atomically(self.run.weights, lambda path: save_model(learner.model, str(path)))
         self._measure()
-        metrics = _metrics(last, "test")
+        measures = MEASURES[self.config.task]
+        metrics = _metrics(last, "test", measures)
         summary = Summary(
-            metric=next(metric for metric in metrics if metric.name == "accuracy"),
+            metric=next(metric for metric in metrics if metric.name == measures.main),
             metrics=metrics,
-            val_metrics=_metrics(last, "val"),
+            val_metrics=_metrics(last, "val", measures),
             train_loss=last["train_loss"],
             seed=self.config.seed,
             epochs=self.config.epochs,
@@ -504,7 +539,7 @@ def _optimizer(config: RunConfig) -> Callable[[list[nn.Parameter]], torch.optim.
     return create
 
 
-def _check_images(images: Tensor, data: ImageData) -> None:
+def _check_images(images: Tensor, data: ImageData | DetectionData) -> None:
     if tuple(images.shape[1:]) != tuple(data.shape) or not images.is_floating_point():
         raise DataError(
             f"Images of {data.name!r} come as {images.dtype} of shape {tuple(images.shape[1:])}, but the data set says "
@@ -513,30 +548,37 @@ def _check_images(images: Tensor, data: ImageData) -> None:
 
 
 def _check_model(
-    config: RunConfig, model: nn.Module, images: Tensor, data: ImageData, autocast: torch.dtype | None
+    config: RunConfig,
+    model: nn.Module,
+    images: Any,
+    data: ImageData | DetectionData,
+    autocast: torch.dtype | None,
 ) -> None:
     """Run the model once on two images, as evaluation will."""
     images = images[:2]
     training = model.training
     model.eval()
-    device = images.device
+    device = images[0].device
     try:
         with (
             checkpoint.preserved_rng(device),
             torch.no_grad(),
             torch.autocast(device.type, dtype=autocast, enabled=autocast is not None),
         ):
-            scores = model(images.clone())
+            scores = model(tree_map_only(Tensor, Tensor.clone, images))
     except GlcanError:
         raise
     except Exception as error:  # whatever a model does with images that it was not made for
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ConfigError(
             f"Model {config.model!r} refuses images of {data.name!r} with channels, height, width = "
-            f"{tuple(data.shape)}: {reason[0]}. Set --image-size or --model-option, or choose another --model."
+            f"{tuple(images[0].shape)}: {reason[0]}. Set --image-size or --model-option, or choose another --model."
         ) from error
     finally:
         model.train(training)
+    if config.task == "detection":
+        check_predictions(scores, len(images))
+        return
     expected = (len(images), len(data.classes))
     if not isinstance(scores, Tensor) or tuple(scores.shape) != expected:
         found = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
@@ -546,10 +588,10 @@ def _check_model(
         )
 
 
-def _metrics(record: dict[str, Any], split: str) -> list[Metric]:
+def _metrics(record: dict[str, Any], split: str, measures: Measures) -> list[Metric]:
     return [
         Metric(name=name, value=record[f"{split}_{name}"], unit=unit)
-        for name, unit in _UNITS.items()
+        for name, unit in measures.units.items()
         if f"{split}_{name}" in record
     ]
 
