@@ -68,13 +68,14 @@ def test_recipes(name):
     text = (recipe_folder() / f"{name}.toml").read_text()
     assert "Source" in text
     assert all("#" in line for line in text.splitlines() if line.startswith(("epochs", "batch", "lr", "warmup")))
-    assert config.rule == "glcan"
+    assert config.rule == ("e2e" if config.task == "detection" else "glcan")
     assert load_recipe(name, epochs=200).epochs == 200
 
 
 def test_the_recipes_that_the_field_compares_on():
     expected = {f"{data}-resnet{depth}" for data in ("cifar10", "svhn", "stl10") for depth in (32, 110)}
     expected |= {f"imagenet-resnet{depth}" for depth in (50, 101, 152)} | {"fashion-mnist-resnet32", "digits-resnet20"}
+    expected |= {"coco-retinanet-r50"}
     assert expected == set(recipe_names())
     cifar, stl = load_recipe("cifar10-resnet32"), load_recipe("stl10-resnet110")
     assert (cifar.lr, cifar.batch, cifar.weight_decay, cifar.epochs, cifar.nesterov) == (0.8, 1024, 1e-4, 400, True)
