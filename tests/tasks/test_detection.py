@@ -8,11 +8,13 @@ import pytest
 import torch
 from tests.zoo import assert_equal
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import SGD
 
 from glcan import LocalLearner, dryrun, profile
 from glcan.errors import ConfigError, DataError, GradientLeak
 from glcan.isolation import Boundary
+from glcan.memory import LiveMemory
 from glcan.models import create
 from glcan.rules import Rule, Site
 from glcan.tasks import Detection
@@ -134,7 +136,7 @@ def test_the_dry_run_falls_back_to_the_real_model_and_leaves_it_alone(name: str)
     ran_on: list[bool] = []
 
     def use(model: nn.Module, batch: Any) -> None:
-        ran_on.append(any(type(p) is not nn.Parameter for p in model.parameters()))
+        ran_on.append(any(isinstance(p, FakeTensor) for p in model.parameters()))
         model(*batch)
 
     dryrun.dry_run(model, given, use)
@@ -148,6 +150,26 @@ def test_the_dry_run_falls_back_to_the_real_model_and_leaves_it_alone(name: str)
         assert_equal(target, original)
     assert set(CUTS) <= set(found.cuttable)
     assert found.output == ((),) * len(found.output)
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_a_dry_run_with_assumed_values_comes_close(name: str) -> None:
+    """One-stage detectors then run on fake tensors alone, backward pass included; two stages need real proposals."""
+    fake: list[bool] = []
+
+    def meter(model: nn.Module, batch: Any) -> tuple[int, int]:
+        fake.append(any(isinstance(p, FakeTensor) for p in model.parameters()))
+        with LiveMemory(model, inputs=batch) as memory:
+            sum(model(*batch).values()).backward()
+        return memory.activation_peak_bytes, memory.flops
+
+    model = detector(name)
+    assumed = dryrun.dry_run(model, batch(), meter, assume=True)
+    assert fake[-1] is ("rcnn" not in name)
+    real = dryrun.dry_run(model, batch(), meter)
+    assert fake[-1] is False
+    assert assumed[1] == real[1]
+    assert assumed[0] == pytest.approx(real[0], rel=0.02)
 
 
 def test_the_model_is_given_copies_of_the_targets() -> None:
