@@ -26,7 +26,7 @@ from glcan.training.schedule import learning_rate
         ({"weightdecay": 1}, r"weightdecay = 1: there is no such setting; did you mean weight_decay\?"),
         ({"zzz": 1}, "there is no such setting; the settings are: model, "),
         ({"rule_options": "momentum"}, "rule_options = 'momentum': should be a valid dictionary; set --rule-option "),
-        ({"task": "poetry"}, "task = 'poetry': should be 'classification'; set TASK"),
+        ({"task": "poetry"}, "task = 'poetry': should be 'classification' or 'detection'; set TASK"),
         ({"momentum": 0}, "nesterov = true needs momentum above 0; set --momentum 0.9 or --no-nesterov"),
         ({"epochs": 3, "warmup_epochs": 5}, "warmup_epochs = 5 must be less than epochs = 3"),
         ({"blocks": 4, "cuts": ["a"]}, "blocks = 4 contradicts 1 cuts, which make 2 blocks"),
