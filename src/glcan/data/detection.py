@@ -368,6 +368,7 @@ class DetectionData(ABC):
             batch_sampler=[indices.tolist() for indices in batches],
             num_workers=workers,
             collate_fn=_collate,
+            pin_memory=device.type == "cuda",
             generator=generator("workers", seed or 0),  # else the loader draws from torch's global generator
         )
         for batch in loader:
