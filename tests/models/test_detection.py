@@ -61,7 +61,7 @@ def test_small_detectors_have_three_levels_and_their_anchors(name: str) -> None:
 
 
 def test_the_levels_of_fcos_small_share_the_objects() -> None:
-    """A small centred object is matched on the finest level, a large one on the coarsest."""
+    """A small centred object is matched on the finest level alone, a large one on the coarser ones."""
     from torchvision.models.detection.image_list import ImageList
 
     model = create("fcos_small", num_classes=4, image_size=160).eval()
@@ -76,9 +76,8 @@ def test_the_levels_of_fcos_small_share_the_objects() -> None:
         model.compute_loss([{"boxes": box, "labels": torch.tensor([1])}], {}, [anchors], counts)
         levels.append([int((part >= 0).sum()) for part in matched.pop().split(counts)])
     assert all(sum(level) for level in levels)
-    assert levels[0][0] > levels[0][1] + levels[0][2]
-    assert levels[1][1] > 0
-    assert levels[2][:2] == [0, 0]
+    assert levels[0][1:] == [0, 0]
+    assert levels[2][0] == 0
 
 
 def test_frozen_normalisation_has_no_batch_statistics() -> None:

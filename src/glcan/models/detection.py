@@ -178,8 +178,10 @@ def _faster_rcnn(body: str, *, norm: str = "batch", **options: Any) -> nn.Module
 
 # ---------------------------------------------------------------- small
 #
-# Strides 8, 16 and 32 for objects of about 16-32, 32-64 and 64-128 pixels: a half (RetinaNet) or a quarter (FCOS) of
-# what the published detectors expect at each stride, because small images hold small objects.
+# Strides 8, 16 and 32 for objects of about 16-32, 32-64 and 64-128 pixels in RetinaNet; in FCOS for those up to about 64,
+# 128 and beyond: half of what the published detectors expect at each stride, because small images hold small objects.
+# (A quarter in FCOS learns more slowly: on scenes of 128 pixels after 700 steps of 4 images, one seed, mAP50 is 0.09, not
+# 0.12.)
 
 
 def _small_pyramid(width: int, channels: int, norm: str) -> nn.Module:
@@ -242,10 +244,10 @@ def _small_fcos(*, width: int = 32, channels: int = 64, norm: str = "batch", **o
     if channels % 32:
         raise ConfigError(f"channels={channels} of fcos_small: it must be a multiple of 32, for its GroupNorm.")
     # A location belongs to the level whose anchor is 1/8 to 1/4 of its distance to the farthest side of the object.
-    anchors = AnchorGenerator(((2,), (4,), (8,)), ((1.0,),) * 3)
+    anchors = AnchorGenerator(((4,), (8,), (16,)), ((1.0,),) * 3)
     defaults = {
         "anchor_generator": anchors,
-        "center_sampling_radius": 6.0,  # in anchors: 1.5 strides, as published
+        "center_sampling_radius": 3.0,  # in anchors: 1.5 strides, as published
         "score_thresh": 0.05,  # as published; torchvision's 0.2 costs average precision where scores are low
     }
     return FCOS(_small_pyramid(width, channels, norm), **(defaults | options))
