@@ -178,10 +178,8 @@ def _faster_rcnn(body: str, *, norm: str = "batch", **options: Any) -> nn.Module
 
 # ---------------------------------------------------------------- small
 #
-# Strides 8, 16 and 32 for objects of about 16-32, 32-64 and 64-128 pixels in RetinaNet; in FCOS for those up to about 64,
-# 128 and beyond: half of what the published detectors expect at each stride, because small images hold small objects.
-# (A quarter in FCOS learns more slowly: on scenes of 128 pixels after 700 steps of 4 images, one seed, mAP50 is 0.09, not
-# 0.12.)
+# Strides 8, 16 and 32. Anchors of RetinaNet for objects of about 16-32, 32-64 and 64-128 pixels, ranges of FCOS for
+# objects up to about 64, up to 128 and larger: half of what is published, because small images hold small objects.
 
 
 def _small_pyramid(width: int, channels: int, norm: str) -> nn.Module:
