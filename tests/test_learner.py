@@ -541,3 +541,44 @@ def test_step_needs_an_optimizer() -> None:
     learner = LocalLearner(Small(), sample=TINY, blocks=2)
     with pytest.raises(ConfigError, match="step.. needs an optimizer"):
         learner.step(*TINY)
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+@pytest.mark.parametrize("recompute", [True, ["block1"]])
+def test_recomputation_inside_blocks_changes_no_bit(blocks: int, recompute: Any) -> None:
+    torch.manual_seed(0)
+    plain = create("cifar_resnet20", num_classes=10)
+    again = copy.deepcopy(plain)
+    batch = torch.randn(6, 3, 32, 32), torch.arange(6)
+    learners = []
+    for model, wanted in ((plain, False), (again, recompute)):
+        torch.manual_seed(1)
+        learners.append(
+            LocalLearner(
+                model, sample=batch, blocks=blocks, recompute=wanted, optimizer=partial(SGD, lr=0.1, momentum=0.9)
+            )
+        )
+    for _ in range(3):
+        losses = [learner.step(*batch) for learner in learners]
+        assert_equal(losses[0], losses[1])
+    assert_equal(plain.state_dict(), again.state_dict())
+    assert_equal(learners[0].auxiliary.state_dict(), learners[1].auxiliary.state_dict())
+
+
+def test_recomputation_is_for_blocks_that_exist() -> None:
+    model = create("cifar_resnet20", num_classes=10)
+    batch = torch.randn(6, 3, 32, 32), torch.arange(6)
+    with pytest.raises(UnknownName, match="block to recompute 'block9'"):
+        LocalLearner(model, sample=batch, blocks=3, recompute=["block9"])
+    with pytest.raises(ConfigError, match="choose the baseline 'checkpoint'"):
+        LocalLearner(model, sample=batch, rule="e2e", recompute=True)
+
+
+def test_blocks_report_when_they_are_trained() -> None:
+    model = create("cifar_resnet20", num_classes=10)
+    batch = torch.randn(6, 3, 32, 32), torch.arange(6)
+    learner = LocalLearner(model, sample=batch, blocks=3, optimizer=partial(SGD, lr=0.1))
+    seen: list[str] = []
+    learner.after_block = seen.append
+    learner.step(*batch)
+    assert seen == ["block1", "block2", "block3"]

@@ -11,6 +11,7 @@ from glcan.isolation import Boundary, Isolation
 from glcan.learner import LocalLearner
 from glcan.memory import LiveMemory, StepCost, measure_step
 from glcan.plan import Plan
+from glcan.planner import Forecast, plan
 from glcan.profile import Profile, profile
 from glcan.rules import names as methods
 
@@ -18,6 +19,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Boundary",
+    "Forecast",
     "GlcanError",
     "GradientLeak",
     "Isolation",
@@ -30,5 +32,6 @@ __all__ = [
     "errors",
     "measure_step",
     "methods",
+    "plan",
     "profile",
 ]

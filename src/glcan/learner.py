@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +13,17 @@ from torch.optim.optimizer import Optimizer
 from torch.utils._pytree import tree_map_only
 
 from glcan import rules, tasks
+from glcan.checkpointing import checkpointed, segments_of
 from glcan.dryrun import dry_run
 from glcan.errors import CheckpointError, ConfigError, CutError, GradientLeak
+from glcan.estimate import Estimate, auxiliary_costs, measure_pieces
 from glcan.isolation import Boundary, Isolation, leaked_parameters, tensors_in
 from glcan.plan import Plan, make_plan
 from glcan.profile import Feature, Profile, profile, read_feature
 from glcan.rules import Site
+
+if TYPE_CHECKING:
+    from glcan.planner import Forecast
 
 __all__ = ["LocalLearner"]
 
@@ -51,12 +56,18 @@ class LocalLearner:
             ``torch.autocast`` says). The backward passes run outside of it.
         clip_norm: in `step`, clips the norm of each block's gradient to this.
         leak_check: look for gradients that cross a cut (walks the autograd graph once).
+        recompute: activation checkpointing inside blocks: True for all of them, or the blocks' names ("block1"). Only
+            what enters each unit is kept, and the auxiliary networks' units are recomputed too.
+        memory: a budget for the peak of a step, such as "8GiB", in place of blocks, cuts and recompute: the cheapest
+            plan that fits (see `glcan.plan`). "auto": what the model's CUDA device has free, less a tenth.
 
     Attributes:
         model: the user's own object.
         auxiliary: ``nn.ModuleDict`` by block name; all that was added.
         plan, profile, rule, task: see their classes.
+        forecast: what the step was predicted to cost, with ``memory``; else None.
         optimizers: one for each block that has trainable parameters (and one for tied parameters, see below).
+        after_block: if set, called with a block's name when it has been trained, before the next one begins.
 
     Parameters that are used in several blocks (tied weights) get the sum of the blocks' gradients, and `step` updates
     them once, after the last block.
@@ -81,6 +92,8 @@ class LocalLearner:
         autocast: torch.dtype | None = None,
         clip_norm: float | None = None,
         leak_check: bool = True,
+        recompute: bool | Sequence[str] = False,
+        memory: str | int | None = None,
     ) -> None:
         if sample is None:
             raise ConfigError("sample is missing; give a batch such as sample=(images, labels), which is run once.")
@@ -98,19 +111,39 @@ class LocalLearner:
         self.autocast = autocast
         self.clip_norm = clip_norm
         batch = tuple(sample)
+        self.forecast: Forecast | None = None
+        if memory is not None:
+            from glcan import planner  # stands on the learner, whose steps it predicts
+
+            self.forecast = planner.plan(
+                model,
+                self.task,
+                batch,
+                blocks=blocks,
+                cuts=cuts,
+                memory=planner.free_bytes(model) if memory == "auto" else memory,
+                units=units,
+                rule=self.rule,
+                optimizer=optimizer,
+                autocast=autocast,
+                recompute=recompute,
+                baselines=(),
+            )
+            if self.rule.local:
+                cuts, recompute = self.forecast.plan.cuts or None, self.forecast.plan.recompute
+                blocks = None if cuts else 1
         args, kwargs = self.task.arguments(batch)
         self.profile: Profile = profile(model, args, kwargs, units=units)
         self.task.prepare(self.profile.output, batch)
-        self.plan = self._make_plan(blocks, cuts)
-        names = [f"block{i}" for i in range(1, self.plan.blocks + 1)]
-        self.names = tuple(names)
+        self.plan = self._make_plan(batch, blocks, cuts, recompute)
+        self.names = names = self.plan.names
         self._users = self._find_users()
         if self.plan.blocks > 1:
             self.plan = self.plan.entered_by(self._survey(batch, leak_check))
             self._check_trained()
         self.auxiliary = nn.ModuleDict(
             {
-                name: self.rule.build(Site(model, self.profile, self.plan, self.task, i))
+                name: self.rule.build(Site(model, self.profile, self.task, self.plan.units[i + 1][0], self.plan.blocks))
                 for i, name in enumerate(names[:-1])
                 if self._entering(i)
             }
@@ -128,6 +161,8 @@ class LocalLearner:
             self.plan.cuts,
             held={cut: self.profile.crossing[cut] for cut in self.plan.cuts},
         )
+        self._recomputed = self._find_recomputed()
+        self.after_block: Callable[[str], None] | None = None
         self.optimizers: list[Optimizer] = []
         self._block_optimizer: dict[int, Optimizer] = {}
         if optimizer is not None:
@@ -135,9 +170,26 @@ class LocalLearner:
 
     # -- building ------------------------------------------------------------------------------------------------
 
-    def _make_plan(self, blocks: int | None, cuts: Sequence[str] | None) -> Plan:
+    def _make_plan(
+        self,
+        batch: tuple[Any, ...],
+        blocks: int | None,
+        cuts: Sequence[str] | None,
+        recompute: bool | Sequence[str],
+    ) -> Plan:
         if self.rule.local:
-            return make_plan(self.profile, blocks=blocks, cuts=cuts)
+            cost = None
+            if cuts is None and blocks is not None and 1 < blocks <= len(self.profile.cuttable):
+                args, kwargs = self.task.arguments(batch)
+                pieces = measure_pieces(self.model, args, kwargs, self.profile)
+                auxiliary = auxiliary_costs(self.rule, self.model, self.profile, self.task, batch, blocks)
+                cost = Estimate(self.profile, pieces, auxiliary).block_bytes
+            return make_plan(self.profile, blocks=blocks, cuts=cuts, cost=cost, recompute=recompute)
+        if recompute:
+            raise ConfigError(
+                f"recompute={recompute!r} is for blocks, and the baseline {self.rule.name!r} has none; leave it out, "
+                "or choose the baseline 'checkpoint'."
+            )
         if blocks not in (None, 1) or cuts:
             raise CutError(
                 f"The baseline {self.rule.name!r} trains the whole model at once; leave out blocks and cuts, "
@@ -163,6 +215,11 @@ class LocalLearner:
         for name, positions in self.profile.glue.items():
             users[id(named[name])].update(block_after[i] for i in positions)
         return users
+
+    def _find_recomputed(self) -> list[list[str]]:
+        """The chains of units that are recomputed, of all blocks that the plan says."""
+        wanted = {u.name for k, b in enumerate(self.plan.units) if self.names[k] in self.plan.recompute for u in b}
+        return [run for run in segments_of(self.profile) if run[0] in wanted]
 
     def _check_trained(self) -> None:
         for k, cut in enumerate(self.plan.cuts):
@@ -301,6 +358,8 @@ class LocalLearner:
                 del loss
                 if finish is not None:
                     finish(block)
+                if self.after_block is not None:
+                    self.after_block(self.names[block])
             if autocast:
                 torch.clear_autocast_cache()  # it holds copies of weights that have just been updated
 
@@ -313,7 +372,11 @@ class LocalLearner:
                     "frozen or thawed since: build a new learner after that."
                 )
             if name in self.auxiliary:
-                learn(boundary.block, self.task.local_loss(self.auxiliary[name](boundary, batch), batch))
+                network = self.auxiliary[name]
+                runs = self.rule.segments(network) if name in self.plan.recompute else []
+                with checkpointed(network, runs):
+                    prediction = network(boundary, batch)
+                learn(boundary.block, self.task.local_loss(prediction, batch))
 
         args, kwargs = self.task.arguments(batch)
         if self.profile.writes_input:
@@ -321,7 +384,7 @@ class LocalLearner:
         isolation.on_boundary = at_cut
         last = self.plan.blocks - 1
         with isolation if last else contextlib.nullcontext(), forward:
-            with self.rule.running(self.model, self.profile):
+            with self.rule.running(self.model, self.profile), checkpointed(self.model, self._recomputed):
                 loss = self.task.loss(self.model(*args, **kwargs), batch)
             if last and isolation.block != last:
                 raise CutError(

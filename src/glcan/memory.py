@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim.optimizer import (
     Optimizer,
     register_optimizer_step_post_hook,
@@ -62,6 +63,7 @@ class LiveMemory(TorchDispatchMode):
         peak_bytes: the largest sum over the kinds so far.
         by_kind: live bytes by kind at that moment.
         activation_peak_bytes: the largest ``current["activations"]`` so far (not at the same moment, in general).
+        lap_bytes: as ``peak_bytes`` and ``activation_peak_bytes``, since the last call of `lap`.
         flops: floating-point operations of the convolutions, matrix products and attention that ran.
     """
 
@@ -79,6 +81,7 @@ class LiveMemory(TorchDispatchMode):
         self.current = dict.fromkeys(KINDS, 0)
         self.total = self.peak_bytes = self.activation_peak_bytes = self.flops = 0
         self.by_kind = dict(self.current)
+        self.lap_bytes = (0, 0)
         self._live: dict[int, list[Any]] = {}  # storage id -> [weak reference, bytes, kind]
         self._new = "activations"  # the kind of what is allocated now
         self._gradient_kind: dict[int, str] = {}
@@ -129,7 +132,14 @@ class LiveMemory(TorchDispatchMode):
         if self.total > self.peak_bytes:
             self.peak_bytes = self.total
             self.by_kind = dict(self.current)
-        self.activation_peak_bytes = max(self.activation_peak_bytes, self.current["activations"])
+        activations = self.current["activations"]
+        self.activation_peak_bytes = max(self.activation_peak_bytes, activations)
+        self.lap_bytes = (max(self.lap_bytes[0], self.total), max(self.lap_bytes[1], activations))
+
+    def lap(self) -> tuple[int, int]:
+        """The peaks (all kinds, activations alone) since the last call, or since the beginning; begins anew."""
+        lap, self.lap_bytes = self.lap_bytes, (self.total, self.current["activations"])
+        return lap
 
     def _track_state(self, optimizer: Optimizer) -> None:
         for parameter, state in optimizer.state.items():
@@ -210,6 +220,7 @@ class StepCost:
         activation_peak_bytes: peak of the activations alone.
         flops: floating-point operations, a multiply-add counting as two.
         cuda_peak_bytes: the CUDA allocator's peak over the step, None on other devices.
+        block_peak_bytes: peak of all live tensor storages while each block was computed and trained.
     """
 
     peak_bytes: int
@@ -217,22 +228,46 @@ class StepCost:
     activation_peak_bytes: int
     flops: int
     cuda_peak_bytes: int | None
+    block_peak_bytes: tuple[int, ...] = ()
 
 
 def measure_step(learner: LocalLearner, *batch: Any) -> StepCost:
-    """Meters one real ``learner.step(*batch)`` in its steady state.
+    """Meters one real ``learner.step(*batch)`` in its steady state (``learner.backward`` if it has no optimizer).
 
-    Runs two steps: the first one creates the optimizers' state, the second is metered. Both train the model, so use a
-    learner that is thrown away afterwards.
+    On real tensors this runs two steps: the first one creates the optimizers' state, the second is metered. Both train
+    the model, so use a learner that is thrown away afterwards. On fake tensors nothing is computed.
     """
-    learner.step(*batch)
+    train = learner.step if learner.optimizers else learner.backward
+    if any(isinstance(p, FakeTensor) for p in learner.parameters()):
+        _create_state(learner.optimizers)
+    else:
+        train(*batch)
+    for parameter in (*learner.model.parameters(), *learner.auxiliary.parameters()):
+        parameter.grad = None
     device = next((p.device for p in learner.model.parameters()), torch.device("cpu"))
     on_cuda = device.type == "cuda"
     if on_cuda:
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
     memory = LiveMemory(learner.model, auxiliary=learner.auxiliary, optimizers=learner.optimizers, inputs=batch)
-    with memory:
-        learner.step(*batch)
+    peaks: list[int] = []
+    before, learner.after_block = learner.after_block, lambda name: peaks.append(memory.lap()[0])
+    try:
+        with memory:
+            train(*batch)
+    finally:
+        learner.after_block = before
     cuda_peak = torch.cuda.max_memory_allocated(device) if on_cuda else None
-    return StepCost(memory.peak_bytes, memory.by_kind, memory.activation_peak_bytes, memory.flops, cuda_peak)
+    return StepCost(
+        memory.peak_bytes, memory.by_kind, memory.activation_peak_bytes, memory.flops, cuda_peak, tuple(peaks)
+    )
+
+
+def _create_state(optimizers: Iterable[Optimizer]) -> None:
+    """Lets optimizers over fake parameters make their state, without a forward and a backward pass."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)

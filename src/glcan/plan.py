@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import math
+import operator
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
 from glcan.errors import CutError, UnknownName
 from glcan.profile import Feature, Profile, Unit
 
-__all__ = ["Plan", "choose_cuts", "make_plan"]
+__all__ = ["BlockCost", "Plan", "cheapest_cuts", "choose_cuts", "cut_places", "make_plan"]
+
+BlockCost = Callable[[int, int], int]
+"""What a block costs, by the places (see `cut_places`) where it begins and ends."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,10 +27,12 @@ class Plan:
         cuts: names of the units that begin block 2, 3, ...
         units: the profile's units, block by block. The first one of a block tells, as ``entering``, what it receives
             from the block before.
+        recompute: names of the blocks whose activations are recomputed, unit by unit (activation checkpointing).
     """
 
     cuts: tuple[str, ...]
     units: tuple[tuple[Unit, ...], ...]
+    recompute: tuple[str, ...] = ()
 
     @property
     def blocks(self) -> int:
@@ -34,10 +42,13 @@ class Plan:
     def entered_by(self, entering: Mapping[str, tuple[Feature, ...]]) -> Plan:
         """The same plan, but with what really enters each cut: of the tensors that do, only the ending block's own."""
         first, *rest = self.units
-        return Plan(
-            self.cuts,
-            (first, *((dataclasses.replace(u[0], entering=entering[u[0].name]), *u[1:]) for u in rest)),
-        )
+        units = (first, *((dataclasses.replace(u[0], entering=entering[u[0].name]), *u[1:]) for u in rest))
+        return dataclasses.replace(self, units=units)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The blocks' names: "block1" ... "blockK"."""
+        return tuple(f"block{i}" for i in range(1, self.blocks + 1))
 
     def __str__(self) -> str:
         lines = [f"{self.blocks} block{'s' * (self.blocks > 1)}"]
@@ -48,28 +59,47 @@ class Plan:
                 f"  block{i}: {block[0].name} ... {block[-1].name}  "
                 f"{saved / 2**20:.1f} MiB saved ({saved / total:.0%}), "
                 f"{sum(unit.flops for unit in block) / 1e9:.3g} GFLOPs forward"
+                + (", recomputed" if f"block{i}" in self.recompute else "")
             )
         return "\n".join(lines)
 
 
-def make_plan(profile: Profile, *, blocks: int | None = None, cuts: Sequence[str] | None = None) -> Plan:
+def make_plan(
+    profile: Profile,
+    *,
+    blocks: int | None = None,
+    cuts: Sequence[str] | None = None,
+    cost: BlockCost | None = None,
+    recompute: bool | Sequence[str] = False,
+) -> Plan:
     """The plan for so many blocks, or for these cuts.
+
+    Args:
+        profile: of the model.
+        blocks, cost: as `choose_cuts` takes them.
+        cuts: names of the units that begin block 2, 3, ...
+        recompute: whether, or in which blocks ("block1", ...), activations are recomputed.
 
     Raises:
         CutError: both or neither are given; more blocks than the model has places to cut; cuts out of order or at a
             unit that cannot begin a block.
-        UnknownName: a cut is no unit.
+        UnknownName: a cut is no unit, or a block to recompute is none.
     """
     if (blocks is None) == (cuts is None):
         raise CutError("Give either blocks=K or cuts=[...], not both and not neither.")
     if cuts is None:
         assert blocks is not None
-        cuts = choose_cuts(profile, blocks)
+        cuts = choose_cuts(profile, blocks, cost)
     else:
         _check_cuts(profile, cuts)
     starts = [0, *(profile.unit(cut).index for cut in cuts)]
     ends = [*starts[1:], len(profile.units)]
-    return Plan(tuple(cuts), tuple(profile.units[a:b] for a, b in zip(starts, ends, strict=True)))
+    plan = Plan(tuple(cuts), tuple(profile.units[a:b] for a, b in zip(starts, ends, strict=True)))
+    wanted = list(plan.names) if recompute is True else recompute or []
+    for name in wanted:
+        if name not in plan.names:
+            raise UnknownName("block to recompute", name, list(plan.names))
+    return dataclasses.replace(plan, recompute=tuple(name for name in plan.names if name in wanted))
 
 
 def _check_cuts(profile: Profile, cuts: Sequence[str]) -> None:
@@ -87,55 +117,88 @@ def _check_cuts(profile: Profile, cuts: Sequence[str]) -> None:
         raise CutError(f"The cuts {list(cuts)} are not in the order in which the model runs, or repeat; use {right}.")
 
 
-def choose_cuts(profile: Profile, blocks: int) -> tuple[str, ...]:
-    """The cuts that minimise the largest block's saved activations; among those, the most even ones.
+def choose_cuts(profile: Profile, blocks: int, cost: BlockCost | None = None) -> tuple[str, ...]:
+    """The cuts that minimise the largest block's cost; among those, the most even ones.
 
     Dynamic programming over the units, first for the largest block, then for the least sum of squares under that bound.
+
+    Args:
+        profile: of the model.
+        blocks: K.
+        cost: ``cost(i, j)``, in bytes, of the block from place i to place j, see `cut_places`; by default what the
+            block saves and what enters it.
     """
-    places = [0, *(profile.unit(name).index for name in profile.cuttable)]
-    if blocks < 1 or blocks > len(places):
+    places = cut_places(profile)
+    if blocks < 1 or blocks > len(places) - 1:
         raise CutError(
-            f"blocks={blocks}, but this model can be cut into 1 to {len(places)} blocks "
-            f"(it has {len(places)} units with weights). Choose a number in that range."
+            f"blocks={blocks}, but this model can be cut into 1 to {len(places) - 1} blocks "
+            f"(it has {len(places) - 1} units with weights). Choose a number in that range."
         )
-    ends = [*places, len(profile.units)]
-    total = [0]
-    for unit in profile.units:
-        total.append(total[-1] + unit.saved_bytes)
-
-    def cost(i: int, j: int) -> int:
-        """Bytes of a block from place i to place j, with the boundary that it takes over."""
-        entering = profile.units[places[i]].entering if i else ()
-        shared = sum(4 * _numel(feature.shape) for feature in entering)
-        return total[ends[j]] - total[places[i]] + shared
-
-    n = len(places)
-
-    def best(join: Callable[[int, int], int], bound: float = math.inf) -> tuple[int, list[int]]:
-        """The least cost of all blocks joined, none of them over the bound, and where they begin."""
-        rows: list[dict[int, tuple[int, int]]] = [
-            {0: (0, 0)}
-        ]  # blocks so far -> end -> (joined cost, begin of the last)
-        for _ in range(blocks):
-            options: dict[int, list[tuple[int, int]]] = defaultdict(list)
-            for i, (joined, _) in rows[-1].items():
-                for j in range(i + 1, n + 1):
-                    if cost(i, j) <= bound:
-                        options[j].append((join(joined, cost(i, j)), i))
-            rows.append({j: min(found) for j, found in options.items()})
-        begins, j = [], n
-        for row in reversed(rows[1:]):
-            j = row[j][1]
-            begins.append(j)
-        return rows[-1][n][0], begins[::-1]
-
-    largest, _ = best(max)
-    _, begins = best(lambda joined, block: joined + block**2, largest)
+    cost = functools.cache(cost or _saved_bytes(profile))
+    largest, _ = _cheapest(len(places) - 1, blocks, cost, max)
+    _, begins = _cheapest(len(places) - 1, blocks, cost, lambda joined, block: joined + block**2, largest)
     return tuple(profile.units[places[i]].name for i in begins[1:])
 
 
-def _numel(shape: tuple[int, ...]) -> int:
-    product = 1
-    for size in shape:
-        product *= size
-    return product
+def cheapest_cuts(
+    profile: Profile, blocks: int, cost: BlockCost, price: BlockCost, bound: float
+) -> tuple[int, tuple[str, ...]] | None:
+    """The cuts with the least sum of prices among those of which no block's cost is over the bound, and that sum.
+
+    None where no cuts keep the bound.
+    """
+    places = cut_places(profile)
+    if blocks > len(places) - 1:
+        return None
+    cost, price = functools.cache(cost), functools.cache(price)
+    try:
+        total, begins = _cheapest(len(places) - 1, blocks, cost, operator.add, bound, price)
+    except KeyError:
+        return None
+    return total, tuple(profile.units[places[i]].name for i in begins[1:])
+
+
+def cut_places(profile: Profile) -> list[int]:
+    """Where blocks may begin and end: index 0, the index of each cuttable unit, and the number of units."""
+    return [0, *(profile.unit(name).index for name in profile.cuttable), len(profile.units)]
+
+
+def _saved_bytes(profile: Profile) -> BlockCost:
+    places = cut_places(profile)
+    total = [0, *itertools.accumulate(unit.saved_bytes for unit in profile.units)]
+
+    def cost(i: int, j: int) -> int:
+        entering = profile.units[places[i]].entering if i else ()
+        return total[places[j]] - total[places[i]] + sum(feature.bytes for feature in entering)
+
+    return cost
+
+
+def _cheapest(
+    places: int,
+    blocks: int,
+    cost: BlockCost,
+    join: Callable[[int, int], int],
+    bound: float = math.inf,
+    price: BlockCost | None = None,
+) -> tuple[int, list[int]]:
+    """The least price (by default: cost) of all blocks joined, none of them over the bound, and where they begin.
+
+    Raises:
+        KeyError: no cuts keep the bound.
+    """
+    price = price or cost
+    # blocks so far -> end -> (joined price, begin of the last)
+    rows: list[dict[int, tuple[int, int]]] = [{0: (0, 0)}]
+    for _ in range(blocks):
+        options: dict[int, list[tuple[int, int]]] = defaultdict(list)
+        for i, (joined, _) in rows[-1].items():
+            for j in range(i + 1, places + 1):
+                if cost(i, j) <= bound:
+                    options[j].append((join(joined, price(i, j)), i))
+        rows.append({j: min(found) for j, found in options.items()})
+    begins, j = [], places
+    for row in reversed(rows[1:]):
+        j = row[j][1]
+        begins.append(j)
+    return rows[-1][places][0], begins[::-1]

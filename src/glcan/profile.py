@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -58,6 +59,11 @@ class Feature:
     channels: int
     grid: tuple[int, int]
     prefix: int = 0
+
+    @property
+    def bytes(self) -> int:
+        """Size in bytes, as float32."""
+        return 4 * math.prod(self.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -402,7 +408,7 @@ class _Recorder(Isolation):
 
     def _call(self, name: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         latest, self.latest = self.latest, None
-        chained = latest is not None and [id(t) for t in tensors_in((args, kwargs))] == [id(latest)]
+        chained = latest is not None and len(args) == 1 and not kwargs and args[0] is latest
         del latest
         self._note_costs()
         self.clock += 1

@@ -60,19 +60,3 @@ def test_the_terminal_shows_every_number_even_when_it_is_narrow(comparison, widt
         for cell in row:
             for part in re.split(r" (?=[(±])", cell):
                 assert part in text
-
-
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [
-        (0, "0 B"),
-        (999, "999 B"),
-        (1000, "0.977 KiB"),
-        (1023 * 2**20, "0.999 GiB"),
-        (2**20, "1 MiB"),
-        (1.5 * 2**30, "1.5 GiB"),
-        (2**42, "4 TiB"),
-    ],
-)
-def test_bytes_have_three_digits_and_a_unit(count, text):
-    assert tables.format_bytes(count) == text

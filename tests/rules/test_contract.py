@@ -44,8 +44,15 @@ DETECTORS: dict[str, Callable[[], nn.Module]] = {
     for name in ("retinanet_small", "fcos_small")
 }
 
+UPSCALERS: dict[str, Callable[[], nn.Module]] = {
+    "edsr": lambda: create("edsr_baseline", scale=2, blocks=6, channels=8),
+    "swinir": lambda: create(
+        "spandrel/SwinIR-light", scale=2, depths=(1,) * 6, num_heads=(2,) * 6, embed_dim=8, drop_path_rate=0.0
+    ),
+}
+
 # task -> the models that it is tried with
-FAMILIES = {"classification": CLASSIFIERS, "detection": DETECTORS}
+FAMILIES = {"classification": CLASSIFIERS, "super-resolution": UPSCALERS, "detection": DETECTORS}
 
 # rule -> the options that it is tried with
 OPTIONS: dict[str, list[dict[str, Any]]] = {
@@ -68,6 +75,11 @@ def classification_batch() -> tuple[Tensor, Tensor]:
     return torch.randn(8, 3, 32, 32, generator=generator), torch.arange(8)
 
 
+def super_resolution_batch() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return torch.rand(2, 3, 16, 16, generator=generator), torch.rand(2, 3, 32, 32, generator=generator)
+
+
 def detection_batch() -> tuple[list[Tensor], list[dict[str, Tensor]]]:
     generator = torch.Generator().manual_seed(3)
     boxes = torch.tensor([[4.0, 4.0, 40.0, 44.0], [20.0, 2.0, 60.0, 30.0]])
@@ -78,11 +90,18 @@ def detection_batch() -> tuple[list[Tensor], list[dict[str, Tensor]]]:
 
 SAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
     "classification": classification_batch,
+    "super-resolution": super_resolution_batch,
     "detection": detection_batch,
 }
 
 SETTINGS = [
-    pytest.param(rule, options, task, family, id="-".join([rule, *map(str, options.values()), task, family]))
+    pytest.param(
+        rule,
+        options,
+        task,
+        family,
+        id="-".join([rule, *map(str, options.values()), task, family]),
+    )
     for rule in RULES
     for options in OPTIONS.get(rule, [{}])
     for task in SAMPLES

@@ -19,16 +19,29 @@ from glcan.training.schedule import learning_rate
         ({"lr": math.nan}, "lr = nan: should be a finite number"),
         ({"epochs": 0}, "epochs = 0: should be greater than or equal to 1; set --epochs"),
         ({"batch": "many"}, "batch = 'many': should be a valid integer"),
-        ({"optimizer": "lion"}, "optimizer = 'lion': should be 'sgd' or 'adamw'"),
+        ({"optimizer": "lion"}, "optimizer = 'lion': should be 'sgd', 'adamw' or 'adam'"),
         ({"val": 1.5}, "val = 1.5: a fraction must be below 1"),
         ({"val": -1}, "val = -1: should be greater than or equal to 0"),
         ({"device": "gpu"}, "device = 'gpu': must be auto, cpu, cuda"),
         ({"weightdecay": 1}, r"weightdecay = 1: there is no such setting; did you mean weight_decay\?"),
         ({"zzz": 1}, "there is no such setting; the settings are: model, "),
         ({"rule_options": "momentum"}, "rule_options = 'momentum': should be a valid dictionary; set --rule-option "),
-        ({"task": "poetry"}, "task = 'poetry': should be 'classification' or 'detection'; set TASK"),
+        (
+            {"task": "poetry"},
+            "task = 'poetry': should be 'classification', 'super-resolution' or 'detection'; set TASK",
+        ),
         ({"momentum": 0}, "nesterov = true needs momentum above 0; set --momentum 0.9 or --no-nesterov"),
         ({"epochs": 3, "warmup_epochs": 5}, "warmup_epochs = 5 must be less than epochs = 3"),
+        ({"scale": 3}, "scale = 3 is for super-resolution, not for classification; leave --scale out"),
+        ({"task": "super-resolution", "image_size": 32}, "image_size = 32 is for classification and detection"),
+        ({"task": "super-resolution", "scale": 5}, "scale = 5: should be less than or equal to 4"),
+        ({"milestones": [0.5]}, r"milestones = \[0.5\] need schedule = 'halving' or 'tenths'"),
+        (
+            {"task": "detection", "label_smoothing": 0.1},
+            "label_smoothing = 0.1 is for classification, not for detection",
+        ),
+        ({"schedule": "halving", "milestones": [0.5, 0.4]}, "each larger than the one before; set --milestones"),
+        ({"schedule": "halving", "milestones": [1.0]}, "must be fractions between 0 and 1"),
         ({"blocks": 4, "cuts": ["a"]}, "blocks = 4 contradicts 1 cuts, which make 2 blocks"),
     ],
 )
@@ -74,12 +87,24 @@ def test_recipes(name):
 
 def test_the_recipes_that_the_field_compares_on():
     expected = {f"{data}-resnet{depth}" for data in ("cifar10", "svhn", "stl10") for depth in (32, 110)}
+    expected |= {"div2k-edsr-baseline-x2", "div2k-swinir-light-x2"}
     expected |= {f"imagenet-resnet{depth}" for depth in (50, 101, 152)} | {"fashion-mnist-resnet32", "digits-resnet20"}
     expected |= {"coco-retinanet-r50"}
     assert expected == set(recipe_names())
     cifar, stl = load_recipe("cifar10-resnet32"), load_recipe("stl10-resnet110")
     assert (cifar.lr, cifar.batch, cifar.weight_decay, cifar.epochs, cifar.nesterov) == (0.8, 1024, 1e-4, 400, True)
     assert (stl.lr, stl.batch) == (0.1, 128)
+
+
+def test_the_recipe_of_edsr_is_the_papers():
+    config = load_recipe("div2k-edsr-baseline-x2")
+    assert (config.optimizer, config.lr, config.batch, config.patch, config.criterion) == ("adam", 1e-4, 16, 48, "l1")
+    steps = config.crops * 800 // config.batch
+    assert config.epochs * steps == 300_000
+    assert learning_rate(config, 199_999, steps) == 1e-4
+    assert learning_rate(config, 200_000, steps) == 5e-5
+    light = load_recipe("div2k-swinir-light-x2")
+    assert light.epochs * light.crops * 800 // light.batch == 500_000
 
 
 def test_a_recipe_of_ones_own(tmp_path):
@@ -136,8 +161,25 @@ def test_onecycle_is_torchs():
     assert rates(schedule="onecycle") == pytest.approx(expected)
 
 
+def test_halving_at_the_milestones():
+    values = rates(schedule="halving", milestones=[0.5, 0.8])
+    assert values == [0.4] * 35 + [0.2] * 21 + [0.1] * 14
+    assert rates(schedule="halving") == [0.4] * 47 + [0.2] * 23
+    assert rates(schedule="halving", warmup_epochs=1)[:8] == pytest.approx([0.4 * i / 8 for i in range(1, 8)] + [0.4])
+
+
+def test_super_resolution_has_defaults_of_its_own():
+    config = RunConfig(task="super-resolution")
+    assert (config.model, config.model_options) == ("edsr_baseline", {"blocks": 8, "channels": 32})
+    assert (config.data, config.optimizer, config.lr, config.weight_decay) == ("photographs", "adam", 1e-3, 0)
+    other = RunConfig(task="super-resolution", model="spandrel/RCAN", lr=1e-4)
+    assert (other.model_options, other.lr, other.optimizer) == ({}, 1e-4, "adam")
+    assert RunConfig(**config.model_dump(mode="json")) == config
+
+
 def test_default_warmup():
     assert RunConfig(epochs=1).warmup == 0.1
     assert RunConfig(epochs=50).warmup == 1
     assert RunConfig(epochs=50, schedule="onecycle").warmup == 15
+    assert RunConfig(epochs=50, schedule="halving").warmup == 0
     assert RunConfig(epochs=50, warmup_epochs=0).warmup == 0

@@ -141,7 +141,7 @@ def test_a_tenth_at_the_milestones() -> None:
     assert rates == pytest.approx([1.0] * 60 + [0.1] * 20 + [0.01] * 10)
     own = few(schedule="tenths", milestones=[0.5], epochs=2, lr=1.0, warmup_epochs=0)
     assert [learning_rate(own, step, 2) for step in range(4)] == pytest.approx([1, 1, 0.1, 0.1])
-    with pytest.raises(ConfigError, match="milestones = .* need schedule = 'tenths'"):
+    with pytest.raises(ConfigError, match="milestones = .* need schedule = 'halving' or 'tenths'"):
         few(milestones=[0.5])
     with pytest.raises(ConfigError, match="fractions between 0 and 1"):
         few(schedule="tenths", milestones=[0.5, 0.4])

@@ -14,6 +14,7 @@ from glcan.cli.compare import compare
 from glcan.cli.data import data
 from glcan.cli.evaluate import evaluate
 from glcan.cli.methods import methods
+from glcan.cli.plan import plan
 from glcan.cli.predict import predict
 from glcan.cli.train import train
 from glcan.errors import GlcanError
@@ -40,7 +41,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (train, compare, evaluate, predict, data, methods):
+for _command in (plan, train, compare, evaluate, predict, data, methods):
     app.command()(_command)
 
 

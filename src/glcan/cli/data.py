@@ -23,7 +23,12 @@ def data(
         typer.echo(json.dumps([dataclasses.asdict(info) for info in infos], indent=2, default=str))
         return
     table = Table("data set", "what it is", "classes", "train", "test", "found in, or how to get it")
+    task = infos[0].task
     for info in infos:
+        if info.task != task:
+            table.add_section()
+            table.add_row("", Text(f"for {info.task}:", style="italic"), "", "", "", "")
+            task = info.task
         numbers = ("" if number is None else f"{number:,}" for number in (info.classes, info.train, info.test))
         where = Text.assemble((str(info.found), "green")) if info.found else Text(info.remedy)
         table.add_row(info.name, info.title, *numbers, where)

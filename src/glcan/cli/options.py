@@ -17,7 +17,10 @@ from glcan.training import RunConfig, RunDirectory, read_recipe
 from glcan.training.config import flag
 
 Task = Annotated[
-    str, typer.Argument(help="What is learned: classification or detection.", metavar="TASK", show_default=True)
+    str,
+    typer.Argument(
+        help="What is learned: classification, super-resolution, detection.", metavar="TASK", show_default=True
+    ),
 ]
 Recipe = Annotated[
     str | None, typer.Option(help="Settings to start from: the name of a recipe that comes with glcan, or PATH.toml.")
@@ -25,7 +28,7 @@ Recipe = Annotated[
 
 _PANELS = {
     "Model": ("model", "model_options"),
-    "Data": ("data", "data_root", "image_size", "val", "limit", "skip_corrupt", "download"),
+    "Data": ("data", "data_root", "image_size", "scale", "patch", "crops", "val", "limit", "skip_corrupt", "download"),
     "Local learning": ("rule", "blocks", "cuts", "units", "rule_options"),
     "Optimization": (
         "epochs",
@@ -36,6 +39,7 @@ _PANELS = {
         "nesterov",
         "weight_decay",
         "label_smoothing",
+        "criterion",
         "schedule",
         "milestones",
         "warmup_epochs",
@@ -120,7 +124,7 @@ def _option(name: str) -> Any:
     elif get_origin(kind) is list:
         metavar = "KEY=VALUE"
     elif _is_list(field.annotation):
-        metavar = "NAME,NAME"
+        metavar = "NUMBER,NUMBER" if name == "milestones" else "NAME,NAME"
     # rich would take [default: ...] for markup: typer escapes nothing in help texts.
     option = typer.Option(declaration, help=help_text.replace("[", "\\["), metavar=metavar, rich_help_panel=panel)
     return Annotated[kind | None, option]
@@ -151,8 +155,13 @@ def _value(name: str, text: Any) -> Any:
     if _is_list(annotation) and text is not None:
         return [part.strip() for part in text.split(",") if part.strip()]
     if get_origin(annotation) is dict:
-        return dict(_pair(flag(name), pair) for pair in text) if text else None
+        return pairs(flag(name), text) or None
     return text
+
+
+def pairs(option: str, texts: Iterable[str] | None) -> dict[str, Any]:
+    """KEY=VALUE options as a dictionary; values are read as TOML, plain words as strings."""
+    return dict(_pair(option, text) for text in texts or ())
 
 
 def _pair(option: str, text: str) -> tuple[str, Any]:

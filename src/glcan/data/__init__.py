@@ -8,6 +8,7 @@ from pathlib import Path
 from glcan.data.detection import DetectionData
 from glcan.data.images import ImageData, Loader
 from glcan.data.preprocessing import read_image, read_images
+from glcan.data.super_resolution import CROPS, SCALES, Pair, PairData
 from glcan.errors import ConfigError, DataError, UnknownName
 
 __all__ = [
@@ -16,9 +17,12 @@ __all__ = [
     "DetectionData",
     "ImageData",
     "Loader",
+    "Pair",
+    "PairData",
     "available",
     "load",
     "load_detection",
+    "load_pairs",
     "read_image",
     "read_images",
 ]
@@ -39,6 +43,7 @@ class DatasetInfo:
         shape: (C, H, W) of the images as stored; None for the user's own folders.
         train, test: numbers of images; None for the user's own folders.
         remedy: how to get it.
+        task: what it is for.
     """
 
     name: str
@@ -49,6 +54,7 @@ class DatasetInfo:
     train: int | None
     test: int | None
     remedy: str
+    task: str = "classification"
 
 
 def load(
@@ -98,6 +104,10 @@ def load(
     if name in DETECTION:
         raise ConfigError(f"The data set {name!r} is one for detection; choose that task, or use load_detection().")
     if name not in SETS:
+        from glcan.data.photographs import PHOTOGRAPHS
+
+        if name in PHOTOGRAPHS:
+            raise ConfigError(f"The data set {name!r} is for super-resolution and has no classes. Choose another one.")
         raise UnknownName(
             "data set", name, [*SETS, "imagefolder"], "For images of your own: imagefolder with --data-root FOLDER."
         )
@@ -117,6 +127,59 @@ def load(
         val=val,
         limit=limit,
     )
+
+
+def load_pairs(
+    name: str,
+    *,
+    scale: int = 2,
+    patch: int = 48,
+    crops: int = CROPS,
+    root: str | Path | None = None,
+    seed: int = 0,
+    val: int | float = 0,
+    limit: int | None = None,
+    skip_corrupt: bool = False,
+) -> PairData:
+    """Loads a super-resolution data set: every image is decoded once, and kept as 8-bit pixels.
+
+    Args:
+        name: "photographs" (bundled), "div2k", "photofolder", or to evaluate on "set5", "set14", "b100", "urban100",
+            "manga109", "benchmark" (docs/tasks/super-resolution.md).
+        scale: 2, 3 or 4.
+        patch: pixels of the side of a low-resolution training patch; the high-resolution one is `scale` times larger.
+        crops: patches taken from each train image in an epoch.
+        root: its folder; by default the usual places. "photofolder" and "benchmark" need one.
+        seed: of the patches, their order, and the choice of the val images.
+        val: how many train images, or what fraction of them, become the "val" split.
+        limit: use at most so many train images: the same ones for every seed, a smaller limit a part of a larger one.
+        skip_corrupt: leave out files that cannot be read, with one warning.
+
+    Raises:
+        UnknownName: no such data set.
+        DataError: it is not there or damaged, images do not match, or a train image is smaller than a patch.
+        ConfigError: an argument out of range.
+    """
+    from glcan.data.photographs import PHOTOGRAPHS, read_photographs
+    from glcan.data.sets import SETS
+
+    if scale not in SCALES:
+        raise ConfigError(f"scale={scale} of the data set {name!r}: it must be one of {', '.join(map(str, SCALES))}.")
+    if name not in PHOTOGRAPHS:
+        if name in SETS or name in ("imagefolder", *DETECTION):
+            task = "detection" if name in DETECTION else "classification"
+            raise ConfigError(
+                f"The data set {name!r} is for {task}; super-resolution needs photographs: {', '.join(PHOTOGRAPHS)}."
+            )
+        raise UnknownName(
+            "data set", name, PHOTOGRAPHS, "For photographs of your own: photofolder with --data-root FOLDER."
+        )
+    if root is None and name in ("photofolder", "benchmark"):
+        raise DataError(f"The data set {name!r} needs the folder of the photographs: root=... (--data-root).")
+    sources = read_photographs(name, None if root is None else Path(root).expanduser(), scale, skip_corrupt)
+    if val:
+        sources.pop("val", None)
+    return PairData(name, sources, scale=scale, patch=patch, crops=crops, seed=seed, val=val, limit=limit)
 
 
 def load_detection(
@@ -188,6 +251,7 @@ def _detection_folder(name: str, root: Path | None = None) -> Path | None:
 
 def available(root: str | Path | None = None) -> list[DatasetInfo]:
     """All data sets, with where they were found: in `root`, or in the usual places. Reads no data."""
+    from glcan.data.photographs import PHOTOGRAPHS
     from glcan.data.sets import SETS
 
     place = None if root is None else Path(root).expanduser()
@@ -198,6 +262,10 @@ def available(root: str | Path | None = None) -> list[DatasetInfo]:
     title = "image files of your own, one folder per class (ImageNet layout)"
     remedy = "Give the folder with --data-root: ROOT/train/CLASS/*.jpg with ROOT/val or ROOT/test, or ROOT/CLASS/*.jpg."
     infos.append(DatasetInfo("imagefolder", title, None, None, None, None, None, remedy))
+    infos += [
+        DatasetInfo(name, p.title, p.find(place), None, None, p.train, p.test, p.remedy, "super-resolution")
+        for name, p in PHOTOGRAPHS.items()
+    ]
     return infos + _detection_infos(place)
 
 
@@ -207,17 +275,18 @@ def _detection_infos(root: Path | None) -> list[DatasetInfo]:
     classes, objects = kinds()
     embedded = DatasetInfo(
         name="scenes",
-        title=f"{objects} pasted on photographs, for detection",
+        title=f"{objects} pasted on photographs",
         found=photograph_folder(),
         classes=len(classes),
         shape=(3, SIDE, SIDE),
         train=TRAIN,
         test=TEST,
         remedy="It is made from what comes with scikit-image and scikit-learn: pip install scikit-image scikit-learn.",
+        task="detection",
     )
     remedy = "Give its folder with --data-root (layouts: docs/tasks/detection.md)."
-    layouts = {"coco": "COCO's layout, for detection", "voc": "Pascal VOC's layout, for detection"}
+    layouts = {"coco": "COCO's layout", "voc": "Pascal VOC's layout"}
     return [embedded] + [
-        DatasetInfo(name, title, _detection_folder(name, root), None, None, None, None, remedy)
+        DatasetInfo(name, title, _detection_folder(name, root), None, None, None, None, remedy, "detection")
         for name, title in layouts.items()
     ]

@@ -74,10 +74,11 @@ class Preprocessing:
         return images
 
 
-def open_image(path: str | Path, channels: int) -> Image.Image:
+def open_image(path: str | Path, channels: int | None) -> Image.Image:
     """Opens an image file as 8-bit grey (`channels` 1) or RGB (3), turned as its EXIF orientation says.
 
-    Grey, RGBA (alpha dropped), palette, CMYK and 16-bit images are converted.
+    Grey, RGBA (alpha dropped), palette, CMYK and 16-bit images are converted. With `channels` None, grey stays grey and
+    alpha stays: the mode is L, LA, RGB or RGBA.
 
     Raises:
         DataError: the file is missing, no image, truncated, or has floating-point pixels.
@@ -85,7 +86,7 @@ def open_image(path: str | Path, channels: int) -> Image.Image:
     try:
         with Image.open(path) as image:
             ImageOps.exif_transpose(image, in_place=True)
-            return _converted(image, "L" if channels == 1 else "RGB")
+            return _converted(image, _own_mode(image) if channels is None else "L" if channels == 1 else "RGB")
     except Exception as error:  # Pillow's readers raise nearly anything on damaged files
         raise DataError(f"The image {str(path)!r} cannot be read: {_reason(error)}.") from error
 
@@ -126,6 +127,13 @@ def read_images(paths: Sequence[str | Path], preprocessing: Preprocessing | Mapp
     if not paths:
         raise DataError("No image files were given; at least one is needed.")
     return torch.stack([read_image(path, preprocessing) for path in paths])
+
+
+def _own_mode(image: Image.Image) -> str:
+    """The 8-bit mode that keeps an image's colours and transparency."""
+    grey = image.mode in ("1", "L", "LA", "La", "I") or image.mode.startswith("I;16")
+    alpha = "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info
+    return ("L" if grey else "RGB") + ("A" if alpha else "")
 
 
 def _converted(image: Image.Image, mode: str) -> Image.Image:

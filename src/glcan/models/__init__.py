@@ -5,10 +5,12 @@
 | `cifar_resnet20`, `32`, `56`, `110` | ResNets for small images (He et al. 2016), see `glcan.models.cifar_resnet` |
 | `torchvision/NAME` | `torchvision.models.get_model(NAME)`, random weights |
 | `timm/NAME` | `timm.create_model(NAME)`, random weights |
+| `edsr_baseline`, `edsr` | super-resolution (Lim et al. 2017), see `glcan.models.edsr` |
+| `spandrel/NAME` | super-resolution: RCAN, SwinIR, HAT and others, random weights, see `glcan.models.spandrel` |
 | `torchvision/retinanet_...`, `retinanet_resnet18_fpn`, `fcos_small`, ... | detectors, see `glcan.models.detection` |
 | `package.module:factory` | what the user's `factory(...)` returns |
 
-Nothing is ever downloaded. torchvision and timm are imported only when one of their models is asked for.
+Nothing is ever downloaded. torchvision, timm and spandrel are imported only when one of their models is asked for.
 """
 
 from __future__ import annotations
@@ -24,12 +26,18 @@ import torch
 from torch import nn
 
 from glcan.errors import ConfigError, UnknownName
+from glcan.models import spandrel
 from glcan.models.cifar_resnet import DEPTHS, CifarResNet
 from glcan.models.detection import create_detector, detector_names, is_detector
+from glcan.models.edsr import EDSR
 
 __all__ = ["create", "detector_names", "names"]
 
 _CIFAR = {f"cifar_resnet{depth}": depth for depth in DEPTHS}
+_EDSR: dict[str, dict[str, Any]] = {
+    "edsr_baseline": {"blocks": 16, "channels": 64},
+    "edsr": {"blocks": 32, "channels": 256, "res_scale": 0.1},
+}
 
 
 def create(
@@ -38,32 +46,43 @@ def create(
     num_classes: int | None = None,
     in_channels: int = 3,
     image_size: int | None = None,
+    scale: int | None = None,
     **options: Any,
 ) -> nn.Module:
     """Creates a model with random weights, drawn from torch's global random generator.
 
     Args:
         name: a name as in `names()`, or `package.module:factory` for a model of the user's own. The module is imported
-            with the current directory importable. The factory is called with those of `num_classes`, `in_channels` and
-            `image_size` that its signature names (a `**kwargs` gets `num_classes`, and `in_channels` when it is not 3)
-            and with all `options`.
+            with the current directory importable. The factory is called with those of `num_classes`, `in_channels`,
+            `image_size` and `scale` that its signature names (a `**kwargs` gets `num_classes` and `scale`, and
+            `in_channels` when it is not 3) and with all `options`.
         num_classes: outputs of the classifier, of a detector the background included; None leaves the model's own
             default.
         in_channels: channels C of the images [B, C, H, W]. torchvision's models are made for 3: for another number the
             first convolution is replaced by one whose outputs have the same variance.
         image_size: H = W in pixels, for models that need to know it (ViT, Swin, MaxViT, ...); others ignore it.
+        scale: factor of the super-resolution, 2, 3 or 4, for models that do it (by default 2); they ignore
+            `num_classes`.
         options: passed on to the model's constructor.
 
     Raises:
         UnknownName: no such model (near matches are listed), or no such factory in its module.
         ConfigError: an option that the model does not take, a module that cannot be imported, a factory that does not
-            return an `nn.Module`.
+            return an `nn.Module`, a `scale` for a classifier.
     """
-    for label, value in (("num_classes", num_classes), ("in_channels", in_channels), ("image_size", image_size)):
+    numbers = {"num_classes": num_classes, "in_channels": in_channels, "image_size": image_size, "scale": scale}
+    for label, value in numbers.items():
         if value is not None and value < 1:
             raise ConfigError(f"{label}={value} for the model {name!r}: it must be at least 1.")
     if ":" in name:
-        return _own(name, num_classes, in_channels, image_size, options)
+        return _own(name, numbers, options)
+    if name in _EDSR or name.startswith(spandrel.PREFIX):
+        return _super_resolution(name, in_channels, scale or 2, options)
+    if scale is not None and (name in _CIFAR or name.startswith(("torchvision/", "timm/"))):
+        raise ConfigError(
+            f"The model {name!r} classifies images; super-resolution (scale={scale}) needs a model such as "
+            "'edsr_baseline' or 'spandrel/SwinIR-light'."
+        )
     if is_detector(name):
         return create_detector(name, num_classes=num_classes, in_channels=in_channels, image_size=image_size, **options)
     if name.startswith("torchvision/"):
@@ -82,10 +101,11 @@ def create(
 
 
 def names() -> list[str]:
-    """Names of all models for classification; imports torchvision and timm to ask them."""
+    """Names of all models; imports torchvision and timm to ask them."""
     import timm
 
-    return [*_CIFAR, *_torchvision_names(), *(f"timm/{name}" for name in timm.list_models())]
+    upscalers = (*_EDSR, *spandrel.names())
+    return [*_CIFAR, *upscalers, *_torchvision_names(), *(f"timm/{name}" for name in timm.list_models())]
 
 
 def _torchvision_names() -> list[str]:
@@ -96,6 +116,17 @@ def _torchvision_names() -> list[str]:
 
 def _bad_options(name: str, options: dict[str, Any], error: Exception) -> ConfigError:
     return ConfigError(f"The model {name!r} does not take the options {options}: {error}. Leave out what it lacks.")
+
+
+def _super_resolution(name: str, in_channels: int, scale: int, options: dict[str, Any]) -> nn.Module:
+    if in_channels != 3:
+        raise ConfigError(f"The model {name!r} takes RGB images, in_channels=3, not {in_channels}.")
+    if name not in _EDSR:
+        return spandrel.create(name, scale=scale, **options)
+    try:
+        return EDSR(scale=scale, **(_EDSR[name] | options))
+    except TypeError as error:
+        raise _bad_options(name, options, error) from error
 
 
 def _torchvision(
@@ -179,9 +210,7 @@ def _timm(
     return model
 
 
-def _own(
-    name: str, num_classes: int | None, in_channels: int, image_size: int | None, options: dict[str, Any]
-) -> nn.Module:
+def _own(name: str, numbers: dict[str, int | None], options: dict[str, Any]) -> nn.Module:
     """The user's own model. The current directory stays importable, for what their code imports later."""
     module_name, _, attribute = name.partition(":")
     if not module_name or not attribute or "/" in module_name:
@@ -208,20 +237,13 @@ def _own(
             f"{name!r} is {'an' if isinstance(factory, nn.Module) else 'no function but an'} object of type "
             f"{type(factory).__name__}. Give a function or class that makes a new nn.Module."
         )
-    model = factory(**_accepted(name, factory, num_classes, in_channels, image_size, options))
+    model = factory(**_accepted(name, factory, numbers, options))
     if not isinstance(model, nn.Module):
         raise ConfigError(f"The factory {name!r} returned {type(model).__name__}; it must return an nn.Module.")
     return model
 
 
-def _accepted(
-    name: str,
-    factory: Any,
-    num_classes: int | None,
-    in_channels: int,
-    image_size: int | None,
-    options: dict[str, Any],
-) -> dict[str, Any]:
+def _accepted(name: str, factory: Any, numbers: dict[str, int | None], options: dict[str, Any]) -> dict[str, Any]:
     """What of the arguments to pass to the user's factory; ConfigError when they do not fit its signature."""
     try:
         signature = inspect.signature(factory)
@@ -235,9 +257,8 @@ def _accepted(
         if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
     }
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values()):
-        named |= {"num_classes"} | ({"in_channels"} if in_channels != 3 else set())
-    standard = {"num_classes": num_classes, "in_channels": in_channels, "image_size": image_size}
-    given = {key: value for key, value in standard.items() if key in named and value is not None} | options
+        named |= {"num_classes", "scale"} | ({"in_channels"} if numbers["in_channels"] != 3 else set())
+    given = {key: value for key, value in numbers.items() if key in named and value is not None} | options
     try:
         signature.bind(**given)
     except TypeError as error:

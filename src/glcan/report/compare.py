@@ -20,9 +20,10 @@ from glcan.memory import StepCost, measure_step
 from glcan.report import tables
 from glcan.report.costs import WARMUP_ROUNDS, time_steps, weights_sha256
 from glcan.report.methods import Method, parse_methods
-from glcan.report.results import Comparison, Curve, MethodResult, Metric, VersusE2E
+from glcan.report.results import Comparison, Curve, MethodResult, Metric, Reference, VersusE2E
 from glcan.training import RunConfig, Summary, build, environment, load_data, read_metrics, train
 from glcan.training.checkpoint import write_atomically
+from glcan.training.evaluation import MEASURES
 from glcan.training.run import write_json
 from glcan.training.trainer import to_device
 
@@ -120,6 +121,7 @@ def compare(
         "epochs": config.epochs,
         "seeds": list(seeds),
         "methods": results,
+        "references": _references(summaries[parsed[0].name][0]),
         "timing": {"batch": batch, "warmup_rounds": WARMUP_ROUNDS, "rounds": len(seconds[parsed[0].name])},
         "initial_weights_sha256": digest,
         "config": request["config"],
@@ -247,20 +249,12 @@ def _result(
     same_as: str | None,
 ) -> MethodResult:
     first = summaries[0]
-    values = [summary.metric.value for summary in summaries]
-    metric: Metric = {
-        "name": f"test_{first.metric.name}",
-        "unit": first.metric.unit,
-        "mean": statistics.fmean(values),
-        "std": statistics.stdev(values) if len(values) > 1 else None,
-        "values": values,
-        "same_as": same_as,
-    }
     quarters = statistics.quantiles(seconds, n=4, method="inclusive")
     return {
         "name": method.name,
         "blocks": first.blocks,
-        "metric": metric,
+        "metric": _metric(summaries, first.metric.name, same_as=same_as),
+        "beside": [_metric(summaries, name, same_as=same_as) for name in MEASURES[first.config.task].beside],
         "peak_bytes": cost.peak_bytes,
         "activation_peak_bytes": cost.activation_peak_bytes,
         "by_kind": dict(cost.by_kind),
@@ -276,13 +270,37 @@ def _result(
     }
 
 
+def _metric(summaries: list[Summary], name: str, of: str = "", same_as: str | None = None) -> Metric:
+    """A test metric over the seeds; with `of`, that of a reference."""
+    found = [next(metric for metric in summary.metrics if metric.name == of + name) for summary in summaries]
+    values = [metric.value for metric in found]
+    return {
+        "name": f"test_{name}",
+        "unit": found[0].unit,
+        "mean": statistics.fmean(values),
+        "std": statistics.stdev(values) if len(values) > 1 else None,
+        "values": values,
+        "same_as": same_as,
+    }
+
+
+def _references(first: Summary) -> list[Reference]:
+    """What every run of the task measures beside its model; the same for every seed."""
+    measures = MEASURES[first.config.task]
+    name = measures.reference
+    if name is None:
+        return []
+    main, *others = [_metric([first], metric, of=f"{name}_") for metric in (measures.main, *measures.beside)]
+    return [{"name": name, "metric": main, "beside": others}]
+
+
 def _curve(summary: Summary, records: list[list[dict[str, Any]]], validated: bool) -> Curve:
     """The validation metric over the epochs, or without validation data the loss of the last block in training."""
     name = f"val_{summary.metric.name}" if validated else "train_loss"
     last = f"block{summary.blocks}"
     return {
         "name": name,
-        "unit": summary.metric.unit if validated else "nats",
+        "unit": summary.metric.unit if validated else MEASURES[summary.config.task].units["loss"],
         "epochs": [record["epoch"] for record in records[0]],
         "values": [[record[name] if validated else record[name][last] for record in run] for run in records],
     }

@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from glcan.report.results import Comparison, MethodResult
-from glcan.report.tables import format_bytes, metric_scale, metric_unit, title
+from glcan.report.tables import metric_scale, metric_unit, title
+from glcan.sizes import format_bytes
 
 # Okabe and Ito's palette, which people with any colour vision can tell apart; markers and dashes say the same again.
 COLOURS = ("#000000", "#E69F00", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442")

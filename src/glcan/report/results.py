@@ -29,7 +29,7 @@ class VersusE2E(TypedDict):
 class Curve(TypedDict):
     """One quantity over the epochs of every run of a method."""
 
-    name: str  # "val_accuracy" or "train_loss"
+    name: str  # "val_accuracy", "val_psnr_y" or "train_loss"
     unit: str
     epochs: list[int]  # from 1
     values: list[list[float]]  # one list for each seed
@@ -41,6 +41,7 @@ class MethodResult(TypedDict):
     name: str
     blocks: int
     metric: Metric
+    beside: list[Metric]  # further metrics that are shown
     peak_bytes: int  # live bytes of one training step at its peak: parameters, gradients, optimizer state, activations
     activation_peak_bytes: int
     by_kind: dict[str, int]  # bytes of each kind at the moment of the peak
@@ -53,6 +54,14 @@ class MethodResult(TypedDict):
     cuts: list[str]
     curve: Curve
     vs_e2e: VersusE2E | None  # None when the comparison has no end-to-end run
+
+
+class Reference(TypedDict):
+    """What no training was needed for, on the same test data with the same metric."""
+
+    name: str  # "bicubic"
+    metric: Metric
+    beside: list[Metric]
 
 
 class Timing(TypedDict):
@@ -72,6 +81,7 @@ class Comparison(TypedDict):
     epochs: int
     seeds: list[int]
     methods: list[MethodResult]
+    references: list[Reference]
     timing: Timing
     initial_weights_sha256: str  # of the first seed's model before training: one value, since all methods share it
     config: dict[str, Any]

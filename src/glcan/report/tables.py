@@ -8,7 +8,8 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from glcan.report.results import Comparison, MethodResult, Metric
+from glcan.report.results import Comparison, MethodResult, Metric, Reference
+from glcan.sizes import format_bytes, format_scaled
 
 NOTES = (
     "Metric: after the last epoch, mean ± sample standard deviation over the seeds; Δ: mean minus that of e2e.",
@@ -25,8 +26,9 @@ def columns(comparison: Comparison) -> list[str]:
     return [
         "method",
         "blocks",
-        f"{metric['name'].replace('_', ' ')} ({unit})",
+        _heading(metric),
         f"Δ ({'points' if unit == '%' else unit})",
+        *(_heading(metric) for metric in comparison["methods"][0]["beside"]),
         "peak memory",
         "activations",
         "step",
@@ -36,8 +38,10 @@ def columns(comparison: Comparison) -> list[str]:
 
 
 def rows(comparison: Comparison) -> list[list[str]]:
-    """One row for each method, as text, in the order of :func:`columns`: units in the cells, ratios in parentheses."""
-    return [_row(method) for method in comparison["methods"]]
+    """One row for each reference and method, in the order of :func:`columns`: text, ratios in parentheses."""
+    base = next((method["metric"]["mean"] for method in comparison["methods"] if method["name"] == "e2e"), None)
+    references = [_reference_row(reference, base) for reference in comparison["references"]]
+    return references + [_row(method) for method in comparison["methods"]]
 
 
 def title(comparison: Comparison) -> str:
@@ -101,28 +105,30 @@ def metric_scale(unit: str) -> float:
     return 100.0 if unit == "fraction" else 1.0
 
 
-def format_bytes(count: float) -> str:
-    """Bytes with three significant digits and a binary unit."""
-    return _scaled(count, 1024, ("B", "KiB", "MiB", "GiB", "TiB"))
+def _heading(metric: Metric) -> str:
+    unit = metric_unit(metric)
+    return metric["name"].replace("_", " ") + (f" ({unit})" if unit else "")
 
 
-def _scaled(value: float, base: int, units: tuple[str, ...]) -> str:
-    power = 0
-    while value >= 999.5 and power < len(units) - 1:  # four digits are more than a cell has room for
-        value, power = value / base, power + 1
-    return f"{value:.3g} {units[power]}"
+def _value(metric: Metric) -> str:
+    scale, digits = metric_scale(metric["unit"]), 2 if metric["unit"] else 4
+    value = ("= " if metric["same_as"] else "") + f"{scale * metric['mean']:.{digits}f}"
+    return value if metric["std"] is None else f"{value} ± {scale * metric['std']:.{digits}f}"
+
+
+def _reference_row(reference: Reference, base: float | None) -> list[str]:
+    metric = reference["metric"]
+    delta = "–" if base is None else f"{metric_scale(metric['unit']) * (metric['mean'] - base):+.2f}"
+    return [reference["name"], "–", _value(metric), delta, *map(_value, reference["beside"]), *["–"] * 5]
 
 
 def _row(method: MethodResult) -> list[str]:
     metric, versus = method["metric"], method["vs_e2e"]
     scale = metric_scale(metric["unit"])
-    value = ("= " if metric["same_as"] else "") + f"{scale * metric['mean']:.2f}"
-    if metric["std"] is not None:
-        value += f" ± {scale * metric['std']:.2f}"
     peak = format_bytes(method["peak_bytes"])
     activations = format_bytes(method["activation_peak_bytes"])
-    step = _scaled(1e6 * method["step_seconds"], 1000, ("µs", "ms", "s"))
-    flops = _scaled(method["flops_per_step"], 1000, ("", "k", "M", "G", "T", "P"))
+    step = format_scaled(1e6 * method["step_seconds"], 1000, ("µs", "ms", "s"))
+    flops = format_scaled(method["flops_per_step"], 1000, ("", "k", "M", "G", "T", "P"))
     if versus:
         peak += f" ({versus['peak_ratio']:.2f}×)"
         activations += f" ({versus['activation_ratio']:.2f}×)"
@@ -131,8 +137,9 @@ def _row(method: MethodResult) -> list[str]:
     return [
         method["name"],
         str(method["blocks"]),
-        value,
+        _value(metric),
         f"{scale * versus['metric_delta']:+.2f}" if versus else "–",
+        *map(_value, method["beside"]),
         peak,
         activations,
         step,

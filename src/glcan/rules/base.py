@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 from torch import nn
 
 from glcan.errors import ConfigError, UnknownName
-from glcan.plan import Plan
 from glcan.profile import Feature, Profile, Unit
 from glcan.tasks.base import Task
 
@@ -25,20 +24,16 @@ class Site:
 
     Attributes:
         model: the user's model (fake or real); not to be changed.
-        profile, plan, task: of the learner.
-        block: index of the block that the auxiliary network trains, from 0.
+        profile, task: of the learner.
+        cut: the unit that begins the next block.
+        blocks: K, of the plan.
     """
 
     model: nn.Module
     profile: Profile
-    plan: Plan
     task: Task
-    block: int
-
-    @property
-    def cut(self) -> Unit:
-        """The unit that begins the next block."""
-        return self.plan.units[self.block + 1][0]
+    cut: Unit
+    blocks: int
 
     @property
     def features(self) -> tuple[Feature, ...]:
@@ -105,6 +100,10 @@ class Rule(ABC):
     def build(self, site: Site) -> nn.Module:
         """The auxiliary network of a block: ``auxiliary(boundary, batch)`` gives what ``task.local_loss`` takes."""
         raise ConfigError(f"The rule {self.name!r} trains the whole model at once and has no auxiliary networks.")
+
+    def segments(self, auxiliary: nn.Module) -> list[list[str]]:
+        """Sub-modules of an auxiliary network, in chains, that may be recomputed; see `glcan.checkpointing`."""
+        return []
 
     def running(self, model: nn.Module, profile: Profile) -> contextlib.AbstractContextManager[Any]:
         """Entered around each forward pass of the model."""

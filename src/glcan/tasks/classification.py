@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -38,6 +39,9 @@ class Classification(Task):
         self.label_smoothing = label_smoothing
         self.criterion = criterion
         self.classes = self._given_classes = classes
+
+    def example(self, batch: int, channels: int, image: tuple[int, int]) -> tuple[Any, ...]:
+        return torch.empty(batch, channels, *image), torch.zeros(batch, dtype=torch.int64)
 
     def prepare(self, shapes: tuple[tuple[int, ...], ...], batch: tuple[Any, ...]) -> None:
         if len(batch) != 2:

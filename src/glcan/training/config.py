@@ -20,6 +20,17 @@ PLACE_FIELDS = frozenset({"data_root", "download", "device", "workers"})
 
 #: Defaults of a task that are not those of the fields; the options go with the model, and only with it.
 TASK_DEFAULTS: dict[str, dict[str, Any]] = {
+    "super-resolution": {
+        "model": "edsr_baseline",
+        "model_options": {"blocks": 8, "channels": 32},
+        "data": "photographs",
+        "patch": 24,
+        "crops": 64,
+        "batch": 16,
+        "optimizer": "adam",
+        "lr": 1e-3,
+        "weight_decay": 0.0,
+    },
     "detection": {
         "model": "fcos_small",
         "data": "scenes",
@@ -32,9 +43,11 @@ TASK_DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 
-#: Fields that some tasks have no use for.
+#: Fields that some tasks have no use for, under each task that has one.
 TASK_FIELDS: dict[str, tuple[str, ...]] = {
-    "classification": ("download", "label_smoothing"),
+    "classification": ("image_size", "download", "label_smoothing"),
+    "super-resolution": ("scale", "patch", "crops", "criterion"),
+    "detection": ("image_size",),
 }
 
 #: Blocks of a rule when neither blocks nor cuts are given; the baselines train in one.
@@ -50,20 +63,27 @@ class RunConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     model: str = "cifar_resnet20"
-    """Model: a glcan name (cifar_resnet32, fcos_small), torchvision/NAME, timm/NAME, or package.module:factory for your
-    own."""
+    """Model: a glcan name (cifar_resnet32, edsr_baseline, fcos_small), torchvision/NAME, timm/NAME, spandrel/NAME, or
+    package.module:factory for your own."""
     model_options: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments for the model's constructor."""
-    task: Literal["classification", "detection"] = "classification"
-    """What is learned. Detection has some defaults of its own: `TASK_DEFAULTS`."""
+    task: Literal["classification", "super-resolution", "detection"] = "classification"
+    """What is learned. Super-resolution and detection have some defaults of their own: `TASK_DEFAULTS`."""
 
     data: str = "digits"
-    """Data set: a name that `glcan data` lists; imagefolder, with --data-root, for images of your own."""
+    """Data set: a name that `glcan data` lists; for images of your own, with --data-root: imagefolder (photofolder for
+    super-resolution)."""
     data_root: Path | None = None
     """Folder that holds the data set; default: where `glcan data` finds it."""
     image_size: int | None = Field(default=None, ge=1)
     """Side length of the images that the model gets, in pixels; of detection, the shorter side to which the model
     resizes; default: the data set's (`glcan data`)."""
+    scale: int = Field(default=2, ge=2, le=4)
+    """Factor of super-resolution: 2, 3 or 4."""
+    patch: int = Field(default=48, ge=1)
+    """Side of a low-resolution training patch of super-resolution, in pixels."""
+    crops: int = Field(default=16, ge=1)
+    """Patches of super-resolution that are cut from each training image in an epoch."""
     val: int | float = Field(default=0, ge=0)
     """Validation images split off the training images: a count, or a fraction below 1; 0 for none."""
     limit: int | None = Field(default=None, ge=1)
@@ -88,25 +108,29 @@ class RunConfig(BaseModel):
     """Passes over the training images."""
     batch: int = Field(default=64, ge=1)
     """Images per optimizer step."""
-    optimizer: Literal["sgd", "adamw"] = "sgd"
+    optimizer: Literal["sgd", "adamw", "adam"] = "sgd"
     """Optimizer, one per block."""
     lr: float = Field(default=0.1, gt=0, allow_inf_nan=False)
     """Peak learning rate, reached at the end of the warm-up."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
-    """Momentum of SGD; AdamW has its own betas (0.9, 0.999)."""
+    """Momentum of SGD; Adam and AdamW have their own betas (0.9, 0.999)."""
     nesterov: bool = True
     """Nesterov's variant of the momentum of SGD."""
     weight_decay: float = Field(default=1e-4, ge=0, allow_inf_nan=False)
     """Weight decay on every parameter, auxiliary ones included."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of the target's probability that is spread over all classes, in every block's loss."""
-    schedule: Literal["cosine", "onecycle", "tenths"] = "cosine"
-    """Learning rate over the steps: cosine to 0 after a linear warm-up, one cycle (lr/25 to lr to lr/250000), or a
-    tenth at each of the milestones."""
+    criterion: Literal["l1", "charbonnier"] = "l1"
+    """Distance to the true image in super-resolution: mean absolute difference, or Charbonnier (epsilon 0.001)."""
+    schedule: Literal["cosine", "onecycle", "halving", "tenths"] = "cosine"
+    """Learning rate over the steps: cosine to 0 after a linear warm-up, one cycle (lr/25 to lr to lr/250000), or halved
+    or a tenth at each of the milestones."""
     milestones: list[float] | None = None
-    """Where schedule tenths lowers the learning rate, as increasing fractions of the run; default: 2/3 and 8/9."""
+    """Where schedule halving or tenths lowers the learning rate, as increasing fractions of the run; default: 2/3 for
+    halving, 2/3 and 8/9 for tenths."""
     warmup_epochs: float | None = Field(default=None, ge=0, allow_inf_nan=False)
-    """Epochs of rising learning rate; default: one, but at most a tenth of the run; 30 % of the run with onecycle."""
+    """Epochs of rising learning rate; default: one, but at most a tenth of the run; 30 % of the run with onecycle; none
+    with halving."""
     clip_norm: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """Largest gradient norm of a block, larger ones are scaled down; default: no limit."""
 
@@ -160,15 +184,17 @@ class RunConfig(BaseModel):
 
     @model_validator(mode="after")
     def _fits_together(self) -> RunConfig:
-        for task, names in TASK_FIELDS.items():
-            for name in names:
-                value = getattr(self, name)
-                if task != self.task and value != type(self).model_fields[name].default:
-                    raise ConfigError(f"{name} = {value!r} is for {task}, not for {self.task}; leave {flag(name)} out.")
-        if self.milestones is not None and self.schedule != "tenths":
+        for name in (name for names in TASK_FIELDS.values() for name in names):
+            tasks = [task for task, names in TASK_FIELDS.items() if name in names]
+            value = getattr(self, name)
+            if self.task not in tasks and value != type(self).model_fields[name].default:
+                raise ConfigError(
+                    f"{name} = {value!r} is for {' and '.join(tasks)}, not for {self.task}; leave {flag(name)} out."
+                )
+        if self.milestones is not None and self.schedule not in ("halving", "tenths"):
             raise ConfigError(
-                f"milestones = {self.milestones} need schedule = 'tenths', not {self.schedule!r}; set --schedule "
-                "tenths or leave --milestones out."
+                f"milestones = {self.milestones} need schedule = 'halving' or 'tenths', not {self.schedule!r}; set "
+                "--schedule to one of them or leave --milestones out."
             )
         if self.cuts is not None and self.blocks is not None and self.blocks != len(self.cuts) + 1:
             raise ConfigError(
@@ -189,6 +215,8 @@ class RunConfig(BaseModel):
         """Epochs of warm-up, the default filled in."""
         if self.warmup_epochs is not None:
             return self.warmup_epochs
+        if self.schedule == "halving":
+            return 0.0
         return 0.3 * self.epochs if self.schedule == "onecycle" else min(1.0, self.epochs / 10)
 
     def differences(self, other: RunConfig) -> dict[str, tuple[Any, Any]]:

@@ -14,7 +14,7 @@ from glcan.training.checkpoint import preserved_rng
 from glcan.training.detection import COCO_METRICS, evaluate_detection
 
 if TYPE_CHECKING:
-    from glcan.data import DetectionData, ImageData
+    from glcan.data import DetectionData, ImageData, PairData
 
 
 @dataclass(frozen=True)
@@ -23,22 +23,39 @@ class Measures:
 
     Attributes:
         main: the metric that a run and a comparison are judged by; more is better.
-        units: of every metric, in the order in which they are shown; "fraction" is printed in percent.
+        units: of every metric, in the order in which they are shown; "" has none, "fraction" is printed in percent.
+        reference: what to compare with that is no trained model; its metrics have its name before theirs.
+        beside: metrics that a comparison shows beside the main one.
     """
 
     main: str
     units: Mapping[str, str]
+    reference: str | None = None
+    beside: tuple[str, ...] = ()
 
 
 MEASURES: dict[str, Measures] = {
     "classification": Measures("accuracy", {"accuracy": "fraction", "accuracy_top5": "fraction", "loss": "nats"}),
-    "detection": Measures("map", dict.fromkeys(COCO_METRICS, "fraction")),
+    "super-resolution": Measures(
+        "psnr_y",
+        {"psnr_y": "dB", "ssim_y": "", "loss": "", "bicubic_psnr_y": "dB", "bicubic_ssim_y": "", "bicubic_loss": ""},
+        "bicubic",
+        ("ssim_y",),
+    ),
+    "detection": Measures("map", dict.fromkeys(COCO_METRICS, "fraction") | {"loss": ""}),
 }
+
+
+def formatted(value: float, unit: str) -> str:
+    """A metric as it is printed: fractions in percent."""
+    if unit == "fraction":
+        return f"{100 * value:.2f} %"
+    return f"{value:.2f} {unit}" if unit == "dB" else f"{value:.4f} {unit}".rstrip()
 
 
 def evaluate(
     model: nn.Module,
-    data: ImageData | DetectionData,
+    data: ImageData | PairData | DetectionData,
     split: str = "test",
     *,
     batch: int = 256,
@@ -46,13 +63,15 @@ def evaluate(
     channels_last: bool = False,
     workers: int = 0,
     each_batch: Callable[[], object] | None = None,
+    tile: int | None = None,
 ) -> dict[str, float]:
     """Metrics of a model, in evaluation mode, on the device where the model is.
 
     The model's training mode and every random generator are left as they were.
 
     Args:
-        model: images [B, C, H, W] to scores [B, number of classes]; or a detector, see `detect`.
+        model: images [B, C, H, W] to scores [B, number of classes], or to images [B, C, s*H, s*W]; or a detector, see
+            `detect`.
         data: a data set with at least one image in ``split``.
         split: "train", "val" or "test".
         batch: images at a time.
@@ -60,21 +79,30 @@ def evaluate(
         channels_last: whether images are given in the layout NHWC.
         workers: processes that load images.
         each_batch: called after each batch.
+        tile: of super-resolution, enlarge images in tiles of so many pixels; by default whole.
 
     Returns:
-        What `MEASURES` says of the task. Detection: see `coco_metrics`. Classification:
-        ``accuracy`` and, with more than 5 classes, ``accuracy_top5``, as fractions; ``loss``, the mean cross-entropy
-        in nats.
+        What `MEASURES` says of the task. Classification: ``accuracy`` and, with more than 5 classes, ``accuracy_top5``,
+        as fractions; ``loss``, the mean cross-entropy in nats. Super-resolution: see `evaluate_pairs`, and
+        ``bicubic_...`` of the bicubic enlargement. Detection: see `coco_metrics`.
 
     Raises:
         DataError: the split is empty.
     """
-    from glcan.data import DetectionData
+    from glcan.data import DetectionData, PairData
 
     if isinstance(data, DetectionData):
         return evaluate_detection(
             model, data, split, batch=batch, autocast=autocast, workers=workers, each_batch=each_batch
         )
+    if isinstance(data, PairData):
+        from glcan.training.image_quality import bicubic_of, evaluate_pairs
+
+        with preserved_rng(next(model.parameters()).device):
+            metrics = evaluate_pairs(
+                model, data, split, autocast=autocast, channels_last=channels_last, tile=tile, each_image=each_batch
+            )
+        return metrics | {f"bicubic_{name}": value for name, value in bicubic_of(data, split).items()}
     from torchmetrics import MetricCollection
     from torchmetrics.classification import MulticlassAccuracy
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from glcan.training.config import RunConfig
-from glcan.training.evaluation import MEASURES
+from glcan.training.evaluation import MEASURES, formatted
 
 
 class Reporter:
@@ -59,15 +59,17 @@ class Reporter:
 
     def epoch(self, record: dict[str, Any]) -> None:
         """One epoch is done."""
-        losses, main = record["train_loss"], MEASURES[self._config.task].main
+        losses = record["train_loss"]
         parts = [
             f"epoch {record['epoch']}/{self._config.epochs}",
             f"lr {record['lr']:.4g}",
             "loss " + " ".join(f"{loss:.3f}" for loss in losses.values()),
         ]
+        measures = MEASURES[self._config.task]
         for split in ("val", "test"):
-            if f"{split}_{main}" in record:
-                parts.append(f"{split} {main} {100 * record[f'{split}_{main}']:.2f} %")
+            if f"{split}_{measures.main}" in record:
+                value = formatted(record[f"{split}_{measures.main}"], measures.units[measures.main])
+                parts.append(f"{split} {measures.main} {value}")
         parts.append(f"{record['train_seconds']:.1f} s")
         if self._bar is None and self._done < self._total:
             per_step = (time.monotonic() - self._started) / max(self._done - self._start_step, 1)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,12 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from glcan.errors import CheckpointError, ConfigError, DataError, GlcanError, NonFiniteLoss, RunError
+from glcan.errors import CheckpointError, ConfigError, DataError, GlcanError, NonFiniteLoss, RunError, UnknownName
 from glcan.training import checkpoint
 from glcan.training.config import DEFAULT_BLOCKS, RunConfig
 from glcan.training.detection import check_predictions
 from glcan.training.environment import environment, resolve_device
-from glcan.training.evaluation import MEASURES, Measures, evaluate
+from glcan.training.evaluation import MEASURES, evaluate
 from glcan.training.progress import Reporter
 from glcan.training.run import Metric, RunDirectory, Summary, write_json
 from glcan.training.schedule import learning_rate
@@ -32,7 +33,7 @@ from glcan.training.schedule import learning_rate
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-    from glcan.data import DetectionData, ImageData
+    from glcan.data import DetectionData, ImageData, PairData
     from glcan.learner import LocalLearner
     from glcan.tasks import Task
 
@@ -67,7 +68,7 @@ def train(config: RunConfig, out: Path, *, resume: bool = False, progress: bool 
             return _Training(config, run, data, learner, surroundings, progress).run_all()
 
 
-def load_data(config: RunConfig) -> ImageData | DetectionData:
+def load_data(config: RunConfig) -> ImageData | PairData | DetectionData:
     """The data set of a configuration.
 
     Raises:
@@ -85,6 +86,18 @@ def load_data(config: RunConfig) -> ImageData | DetectionData:
             skip_corrupt=config.skip_corrupt,
             image_size=config.image_size,
         )
+    if config.task == "super-resolution":
+        return data.load_pairs(
+            config.data,
+            scale=config.scale,
+            patch=config.patch,
+            crops=config.crops,
+            root=config.data_root,
+            seed=config.seed,
+            val=config.val,
+            limit=config.limit,
+            skip_corrupt=config.skip_corrupt,
+        )
     return data.load(
         config.data,
         root=config.data_root,
@@ -101,13 +114,16 @@ def create_model(config: RunConfig, classes: int, shape: tuple[int, int | None, 
     """The model of a configuration, with the initial weights of its seed, on the CPU.
 
     Args:
-        config: its ``task``, ``model``, ``model_options`` and ``seed``.
-        classes: number of classes, for detection without the background.
-        shape: channels, height and width of an image; None for the model's own size.
+        config: its ``task``, ``model``, ``model_options``, ``scale`` and ``seed``.
+        classes: number of classes, for detection without the background; super-resolution has none and ignores it.
+        shape: channels, height and width of an image; None for the model's own size. Of super-resolution the channels
+            alone matter.
     """
     from glcan import models
 
     torch.manual_seed(config.seed)
+    if config.task == "super-resolution":
+        return models.create(config.model, in_channels=shape[0], scale=config.scale, **config.model_options)
     return models.create(
         config.model,
         num_classes=classes + (config.task == "detection"),  # the background is a class there
@@ -128,12 +144,27 @@ def to_device(
     return tuple(tree_map_only(Tensor, move, list(batch)))
 
 
-def build(config: RunConfig, data: ImageData | DetectionData) -> LocalLearner:
+def class_names(data: ImageData | PairData | DetectionData) -> list[str]:
+    """Names of the classes; none where the data has no classes."""
+    return getattr(data, "classes", [])
+
+
+def _task(config: RunConfig) -> Task:
+    from glcan.tasks import Classification, Detection, SuperResolution
+
+    if config.task == "super-resolution":
+        return SuperResolution(config.criterion)
+    if config.task == "detection":
+        return Detection()
+    return Classification(label_smoothing=config.label_smoothing)
+
+
+def build(config: RunConfig, data: ImageData | PairData | DetectionData) -> LocalLearner:
     """The learner of a configuration: model from ``config.seed``, on ``config.device``, checked against the data.
 
     Raises:
         DataError: labels are out of range, or the images are not of the shape that the data set says.
-        ConfigError: the model refuses such images, or does not give one score per class (boxes, for detection).
+        ConfigError: the model refuses such images, or does not give a score per class, an image of the size, or boxes.
     """
     from glcan import rules
     from glcan.learner import LocalLearner
@@ -144,16 +175,20 @@ def build(config: RunConfig, data: ImageData | DetectionData) -> LocalLearner:
         blocks = None if config.cuts is not None else blocks or DEFAULT_BLOCKS
     device = resolve_device(config.device)
     if data.size("train") == 0:
-        raise DataError(f"Data set {data.name!r} has no training images. Lower --val, or give more images.")
+        raise DataError(
+            f"Data set {data.name!r} has no training images. Lower --val, give more images, or choose another --data."
+        )
+    if data.size("test") == 0:
+        raise DataError(f"Data set {data.name!r} has no test images to end the run with. Add some, or choose another.")
     with checkpoint.preserved_rng(device):
         batch: tuple[Any, ...] = next(iter(data.loader("train", config.batch)))
-    if config.task == "classification":
+    if config.task != "detection":  # whose images may differ in size
         _check_images(batch[0], data)
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
-    model = create_model(config, len(data.classes), data.shape).to(device).to(memory_format=layout)
+    model = create_model(config, len(class_names(data)), data.shape).to(device).to(memory_format=layout)
     batch = to_device(batch, device, layout)
     autocast = autocast_dtype(config)
-    _check_model(config, model, batch[0], data, autocast)
+    _check_model(config, model, batch, data, autocast)
     try:
         return LocalLearner(
             model,
@@ -174,14 +209,6 @@ def build(config: RunConfig, data: ImageData | DetectionData) -> LocalLearner:
             f"{len(batch[0])} image per batch is too few for the BatchNorm of {config.model!r} ({error}). "
             "Raise --batch."
         ) from error
-
-
-def _task(config: RunConfig) -> Task:
-    from glcan.tasks import Classification, create
-
-    if config.task == "classification":
-        return Classification(label_smoothing=config.label_smoothing)
-    return create(config.task)
 
 
 def autocast_dtype(config: RunConfig) -> torch.dtype | None:
@@ -250,7 +277,7 @@ class _Training:
         self,
         config: RunConfig,
         run: RunDirectory,
-        data: ImageData | DetectionData,
+        data: ImageData | PairData | DetectionData,
         learner: LocalLearner,
         surroundings: dict[str, Any],
         progress: bool,
@@ -474,11 +501,11 @@ class _Training:
         checkpoint.write_atomically(self.run.weights, lambda path: save_model(learner.model, str(path)))
         self._measure()
         measures = MEASURES[self.config.task]
-        metrics = _metrics(last, "test", measures)
+        metrics = _metrics(measures.units, last, "test")
         summary = Summary(
             metric=next(metric for metric in metrics if metric.name == measures.main),
             metrics=metrics,
-            val_metrics=_metrics(last, "val", measures),
+            val_metrics=_metrics(measures.units, last, "val"),
             train_loss=last["train_loss"],
             seed=self.config.seed,
             epochs=self.config.epochs,
@@ -487,7 +514,7 @@ class _Training:
             cuts=list(learner.plan.cuts),
             parameters=_count(learner.model),
             auxiliary_parameters=_count(learner.auxiliary),
-            classes=self.data.classes,
+            classes=class_names(self.data),
             preprocessing=self.data.preprocessing(),
             train_seconds=state.train_seconds,
             wall_seconds=state.wall_seconds,
@@ -524,22 +551,36 @@ class _Training:
             ) from None
 
 
-def _optimizer(config: RunConfig) -> Callable[[list[nn.Parameter]], torch.optim.Optimizer]:
-    def create(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        if config.optimizer == "adamw":
-            return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
-        return torch.optim.SGD(
-            parameters,
-            lr=config.lr,
-            momentum=config.momentum,
-            nesterov=config.nesterov,
-            weight_decay=config.weight_decay,
+def optimizer_factory(
+    name: str, *, lr: float = 0.1, momentum: float = 0.9, nesterov: bool = True, weight_decay: float = 1e-4
+) -> Callable[[list[nn.Parameter]], torch.optim.Optimizer]:
+    """What makes an optimizer for a list of parameters: "sgd", "adamw" or "adam".
+
+    Raises:
+        UnknownName: no such optimizer.
+    """
+    if name == "adamw":
+        return functools.partial(torch.optim.AdamW, lr=lr, weight_decay=weight_decay)
+    if name == "adam":
+        return functools.partial(torch.optim.Adam, lr=lr, weight_decay=weight_decay)
+    if name == "sgd":
+        return functools.partial(
+            torch.optim.SGD, lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay
         )
+    raise UnknownName("optimizer", name, ["sgd", "adamw", "adam"])
 
-    return create
+
+def _optimizer(config: RunConfig) -> Callable[[list[nn.Parameter]], torch.optim.Optimizer]:
+    return optimizer_factory(
+        config.optimizer,
+        lr=config.lr,
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+        weight_decay=config.weight_decay,
+    )
 
 
-def _check_images(images: Tensor, data: ImageData | DetectionData) -> None:
+def _check_images(images: Tensor, data: ImageData | PairData | DetectionData) -> None:
     if tuple(images.shape[1:]) != tuple(data.shape) or not images.is_floating_point():
         raise DataError(
             f"Images of {data.name!r} come as {images.dtype} of shape {tuple(images.shape[1:])}, but the data set says "
@@ -550,12 +591,12 @@ def _check_images(images: Tensor, data: ImageData | DetectionData) -> None:
 def _check_model(
     config: RunConfig,
     model: nn.Module,
-    images: Any,
-    data: ImageData | DetectionData,
+    batch: tuple[Any, ...],
+    data: ImageData | PairData | DetectionData,
     autocast: torch.dtype | None,
 ) -> None:
     """Run the model once on two images, as evaluation will."""
-    images = images[:2]
+    images = batch[0][:2]
     training = model.training
     model.eval()
     device = images[0].device
@@ -570,28 +611,37 @@ def _check_model(
         raise
     except Exception as error:  # whatever a model does with images that it was not made for
         reason = str(error).strip().splitlines() or [type(error).__name__]
+        size = "--patch" if config.task == "super-resolution" else "--image-size"
         raise ConfigError(
             f"Model {config.model!r} refuses images of {data.name!r} with channels, height, width = "
-            f"{tuple(images[0].shape)}: {reason[0]}. Set --image-size or --model-option, or choose another --model."
+            f"{tuple(images[0].shape)}: {reason[0]}. Set {size} or --model-option, or choose another --model."
         ) from error
     finally:
         model.train(training)
     if config.task == "detection":
         check_predictions(scores, len(images))
         return
-    expected = (len(images), len(data.classes))
-    if not isinstance(scores, Tensor) or tuple(scores.shape) != expected:
-        found = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+    found = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+    if config.task == "super-resolution":
+        expected = (len(images), *batch[1].shape[1:])
+        if found != expected:
+            raise ConfigError(
+                f"Model {config.model!r} gives {found} for images {tuple(images.shape)}, but super-resolution with "
+                f"scale {config.scale} needs {expected}. Set --scale or --model-option, or choose another --model."
+            )
+        return
+    expected = (len(images), len(class_names(data)))
+    if found != expected:
         raise ConfigError(
             f"Model {config.model!r} gives {found} for {expected[0]} images, but classification of {data.name!r} needs "
             f"scores of shape {expected}. Set the number of classes in --model-option, or choose another --model."
         )
 
 
-def _metrics(record: dict[str, Any], split: str, measures: Measures) -> list[Metric]:
+def _metrics(units: Mapping[str, str], record: dict[str, Any], split: str) -> list[Metric]:
     return [
         Metric(name=name, value=record[f"{split}_{name}"], unit=unit)
-        for name, unit in measures.units.items()
+        for name, unit in units.items()
         if f"{split}_{name}" in record
     ]
 

@@ -27,7 +27,7 @@ def load_model(out: Path) -> nn.Module:
     """
     run = RunDirectory(out)
     summary = run.read_summary()
-    channels, size = summary.preprocessing["channels"], summary.preprocessing["size"]
+    channels, size = summary.preprocessing["channels"], summary.preprocessing.get("size", 0)
     model = create_model(summary.config, len(summary.classes), (channels, size, size))
     load_weights(model, run.weights)
     return model.eval()

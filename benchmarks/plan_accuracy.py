@@ -1,0 +1,139 @@
+"""What the planner predicts, against what a real step needs; and what planning itself costs.
+
+For each model, method and batch: `glcan.plan` on fake tensors, then `glcan.measure_step` on a real learner. Then the
+time and the host memory of planning, each in a process of its own.
+
+    python benchmarks/plan_accuracy.py                 # some minutes on two cores
+    python benchmarks/plan_accuracy.py --device cuda   # beside the allocator's peak
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import functools
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import glcan
+from glcan.models import create
+
+RESULTS = Path(__file__).parent / "results"
+# model -> (classes, image side, two batches)
+MODELS: dict[str, tuple[int, int, tuple[int, int]]] = {
+    "torchvision/resnet50": (1000, 224, (2, 4)),
+    "torchvision/resnet101": (1000, 224, (2, 4)),
+    "torchvision/vit_b_16": (1000, 224, (2, 4)),
+    "torchvision/swin_t": (1000, 224, (2, 4)),
+    "torchvision/convnext_tiny": (1000, 224, (2, 4)),
+    "cifar_resnet110": (10, 32, (8, 32)),
+}
+METHODS: dict[str, dict[str, Any]] = {
+    "e2e": {"rule": "e2e"},
+    "checkpoint": {"rule": "checkpoint"},
+    "checkpoint-sqrt": {"rule": "checkpoint-sqrt"},
+    "glcan:4": {"blocks": 4},
+    "glcan:8": {"blocks": 8},
+    "glcan:4+recompute": {"blocks": 4, "recompute": True},
+}
+PLANS = (
+    ["torchvision/resnet152", "--blocks", "4"],
+    ["torchvision/resnet152", "--blocks", "26"],
+    ["torchvision/resnet152", "--blocks", "51"],
+    ["torchvision/resnet152", "--batch", "4096", "--blocks", "8"],
+    ["torchvision/resnet152", "--memory", "4GiB"],
+    ["torchvision/vit_h_14", "--batch", "256", "--blocks", "8"],
+    ["torchvision/swin_v2_b", "--image", "256x256", "--blocks", "8"],
+    ["torchvision/densenet201", "--blocks", "8"],
+    ["torchvision/efficientnet_b7", "--blocks", "8"],
+    ["timm/convnextv2_huge", "--blocks", "8"],
+    ["cifar_resnet110", "--batch", "1024", "--blocks", "55"],
+)
+
+
+def main() -> None:
+    """Compare, write the JSON file and say what came out."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/plan_accuracy_DEVICE.json")
+    options = parser.parse_args()
+    optimizer = functools.partial(torch.optim.SGD, lr=1e-3, momentum=0.9)
+    rows: list[dict[str, Any]] = []
+    for name, (classes, side, batches) in MODELS.items():
+        model = create(name, num_classes=classes).to(options.device)
+        for batch in batches:
+            sample = (
+                torch.randn(batch, 3, side, side, device=options.device),
+                torch.randint(classes, (batch,), device=options.device),
+            )
+            for method, how in METHODS.items():
+                predicted = glcan.plan(model, sample=sample, optimizer=optimizer, baselines=(), **how).cost
+                learner = glcan.LocalLearner(copy.deepcopy(model), sample=sample, optimizer=optimizer, **how)
+                measured = glcan.measure_step(learner, *sample)
+                row = {
+                    "model": name,
+                    "batch": batch,
+                    "method": method,
+                    "predicted_peak_bytes": predicted.peak_bytes,
+                    "measured_peak_bytes": measured.peak_bytes,
+                    "error": predicted.peak_bytes / measured.peak_bytes - 1,
+                    "activation_error": predicted.activation_peak_bytes / measured.activation_peak_bytes - 1,
+                    "cuda_peak_bytes": measured.cuda_peak_bytes,
+                }
+                rows.append(row)
+                print(f"{name:28} {batch:4} {method:18} {row['error']:+.4%}", flush=True)
+    plans = [planned(arguments) for arguments in PLANS]
+    largest = max(abs(row["error"]) for row in rows)
+    result = {
+        "benchmark": "predicted against measured peak of live tensors",
+        "largest_error": largest,
+        "environment": {"torch": torch.__version__, "device": options.device},
+        "rows": rows,
+        "planning": plans,
+    }
+    out = options.out or RESULTS / f"plan_accuracy_{options.device.partition(':')[0]}.json"
+    out.write_text(json.dumps(result, indent=2) + "\n")
+    print(f"largest error {largest:.4%}; wrote {out}")
+
+
+def planned(arguments: list[str]) -> dict[str, Any]:
+    """Seconds (of the wall, and of the CPU) and peak resident memory of `glcan plan` in a process of its own."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    start = time.perf_counter()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "glcan.cli", "plan", *arguments, "--json"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    peak = 0
+    while process.poll() is None:
+        try:
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            peak = max(peak, *(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")), 0)
+        except (OSError, ValueError):
+            pass
+        time.sleep(0.05)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert process.stderr is not None
+    found = {
+        "arguments": arguments,
+        "exit_code": process.returncode,
+        "seconds": time.perf_counter() - start,
+        "cpu_seconds": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
+        "host_peak_bytes": 1024 * peak,
+        "said": process.stderr.read().strip(),
+    }
+    print(found, flush=True)
+    return found
+
+
+if __name__ == "__main__":
+    main()

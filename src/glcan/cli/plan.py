@@ -1,0 +1,189 @@
+"""`glcan plan`: what a training step will need, before any training."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from glcan.planner import LargestBatch
+
+
+def plan(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A model: torchvision/NAME, timm/NAME, cifar_resnetN, edsr, spandrel/NAME, or package.module:factory."
+        ),
+    ],
+    task: Annotated[str, typer.Option(help="What is learned.")] = "classification",
+    batch: Annotated[int, typer.Option(help="Images per step.")] = 64,
+    image: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HxW",
+            help="Image size in pixels. [default: 224x224; CIFAR ResNets 32x32; super-resolution 48x48, small images]",
+        ),
+    ] = None,
+    scale: Annotated[int | None, typer.Option(help="Factor of super-resolution: 2, 3 or 4. [default: 2]")] = None,
+    classes: Annotated[int | None, typer.Option(help="Number of classes. [default: the model's own]")] = None,
+    channels: Annotated[int, typer.Option(help="Channels of the images.")] = 3,
+    blocks: Annotated[int | None, typer.Option(help="Number of gradient-isolated blocks. [default: 4]")] = None,
+    cuts: Annotated[
+        str | None, typer.Option(metavar="NAME,NAME", help="Units at which a new block begins, in place of --blocks.")
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Budget for the peak, as 8GiB or 8GB: find the cheapest plan that fits it."),
+    ] = None,
+    max_batch: Annotated[
+        bool, typer.Option("--max-batch", help="With --memory: the largest batch of each method.")
+    ] = False,
+    recompute: Annotated[bool, typer.Option("--recompute", help="Activation checkpointing inside all blocks.")] = False,
+    rule: Annotated[str, typer.Option(help="How the blocks learn; see `glcan methods`.")] = "glcan",
+    rule_options: Annotated[
+        list[str] | None, typer.Option("--rule-option", metavar="KEY=VALUE", help="Option of the rule.")
+    ] = None,
+    model_options: Annotated[
+        list[str] | None, typer.Option("--model-option", metavar="KEY=VALUE", help="Option of the model.")
+    ] = None,
+    optimizer: Annotated[str, typer.Option(help="sgd (with momentum), adamw or adam.")] = "sgd",
+    precision: Annotated[str, typer.Option(help="fp32, or bf16 autocast with fp32 weights.")] = "fp32",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object in place of the tables.")] = False,
+) -> None:
+    """Predict a training step's peak memory and FLOPs, against end-to-end training and activation checkpointing.
+
+    Nothing is trained and nothing of the batch's size is allocated: the real step runs on tensors without contents.
+    """
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from glcan import models, planner, tasks
+    from glcan.cli.options import pairs
+    from glcan.errors import ConfigError
+    from glcan.rules import RULES
+    from glcan.sizes import format_bytes, parse_bytes
+    from glcan.training.trainer import optimizer_factory
+
+    if batch < 2:
+        raise ConfigError(f"--batch is {batch}; it must be at least 2, because normalisation layers need two images.")
+    if max_batch and memory is None:
+        raise ConfigError("--max-batch needs a budget: --memory 8GiB.")
+    if precision not in ("fp32", "bf16"):
+        raise ConfigError(f"--precision is {precision!r}; it must be fp32 or bf16.")
+    limit = None if memory is None else parse_bytes(memory)
+    enlarging = task == tasks.SuperResolution.name
+    if scale is not None and not enlarging:
+        raise ConfigError(f"--scale {scale} is for super-resolution, not for {task}; leave it out.")
+    usual = "48x48" if enlarging else "32x32" if model.startswith("cifar_") else "224x224"
+    size = _image(image or usual)
+    side = size[0] if size[0] == size[1] else None
+    the_task = tasks.SuperResolution(scale=scale or 2) if enlarging else tasks.create(task)
+    network = models.create(
+        model,
+        num_classes=classes,
+        in_channels=channels,
+        image_size=side,
+        scale=the_task.scale if isinstance(the_task, tasks.SuperResolution) else None,
+        **pairs("--model-option", model_options),
+    )
+    common: dict[str, Any] = {
+        "rule": rule,
+        "rule_options": pairs("--rule-option", rule_options),
+        "optimizer": optimizer_factory(optimizer),
+        "autocast": _autocast(precision),
+    }
+    about = {
+        "model": model,
+        "task": the_task.name,
+        "batch": batch,
+        "image": list(size),
+        "precision": precision,
+        "optimizer": optimizer,
+    }
+    console = Console(highlight=False)
+    if max_batch:
+        assert limit is not None
+        largest = planner.largest_batches(
+            network,
+            the_task,
+            lambda count: the_task.example(count, channels, size),
+            limit,
+            blocks=(blocks,) if blocks is not None else (2, 4, 8),
+            **common,
+        )
+        if as_json:
+            rows = [vars(found) for found in largest]
+            typer.echo(json.dumps({**about, "batch": None, "memory_bytes": limit, "largest_batch": rows}, indent=2))
+        else:
+            console.print(
+                f"{escape(model)} at {size[0]}x{size[1]}, {precision}, {optimizer}: the largest batch in {memory}"
+            )
+            console.print(_batches(largest))
+        return
+    names = [name.strip() for name in cuts.split(",")] if cuts is not None else None
+    if blocks is None and names is None and limit is None and getattr(RULES.get(rule), "local", True):
+        blocks = 4
+    forecast = planner.plan(
+        network,
+        the_task,
+        the_task.example(batch, channels, size),
+        blocks=blocks,
+        cuts=names,
+        memory=limit,
+        recompute=recompute,
+        **common,
+    )
+    if as_json:
+        typer.echo(json.dumps({**about, **forecast.as_dict()}, indent=2))
+        return
+    console.print(f"{escape(model)}, batch {batch} at {size[0]}x{size[1]}, {precision}, {optimizer}")
+    console.print(escape(str(forecast.plan)))
+    header, *rows_of_cells = forecast.rows()
+    table = Table(*header)
+    for row in rows_of_cells:
+        table.add_row(*row)
+    console.print(table)
+    kinds = [
+        f"{kind.replace('_', ' ')} {format_bytes(count)}" for kind, count in forecast.cost.by_kind.items() if count
+    ]
+    console.print("At the peak: " + ", ".join(kinds) + ".")
+    if limit is not None:
+        spare = limit - forecast.cost.peak_bytes
+        console.print(f"Fits {memory} with {format_bytes(spare)} to spare. {_ADVICE}")
+
+
+_ADVICE = "The CUDA context and the libraries' workspaces (about 0.5 to 1 GiB) come on top."
+
+
+def _autocast(precision: str) -> Any:
+    import torch
+
+    return torch.bfloat16 if precision == "bf16" else None
+
+
+def _image(text: str) -> tuple[int, int]:
+    from glcan.errors import ConfigError
+
+    match = re.fullmatch(r"(\d+)(?:[xX×](\d+))?", text.strip())
+    size = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if min(size) < 1:
+        raise ConfigError(f"--image {text!r} is no image size; write HEIGHTxWIDTH in pixels, for example 224x224.")
+    return size
+
+
+def _batches(largest: list[LargestBatch]) -> Any:
+    from rich.table import Table
+
+    from glcan.sizes import format_bytes, format_scaled
+
+    table = Table("method", "largest batch", "peak", "FLOPs an image")
+    for found in largest:
+        flops = format_scaled(found.flops_per_image, 1000, ("", "k", "M", "G", "T", "P"))
+        peak = format_bytes(found.peak_bytes) if found.batch else "–"
+        table.add_row(found.method, f"{found.batch:,}" if found.batch else "none fits", peak, flops)
+    return table

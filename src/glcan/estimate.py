@@ -1,0 +1,203 @@
+"""What each possible block of a model would need, estimated from a few dry runs: what cuts are chosen by.
+
+A block from unit i to unit j holds, at its peak, the tensors that enter it, what its units save, and either its
+auxiliary network or what the backward pass of its last unit needs on top; further back in the block, less is saved and
+the gradients of the weights behind have come. The planner checks the outcome with the learner's real step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from glcan.dryrun import dry_run
+from glcan.errors import GlcanError
+from glcan.isolation import Boundary, Isolation, tensors_in
+from glcan.memory import LiveMemory
+from glcan.plan import BlockCost, cut_places
+from glcan.profile import Profile, Unit
+from glcan.rules.base import Rule, Site
+from glcan.tasks.base import Task
+
+__all__ = ["AuxiliaryCost", "Estimate", "Piece", "auxiliary_costs", "measure_pieces"]
+
+
+@dataclasses.dataclass(frozen=True)
+class AuxiliaryCost:
+    """What an auxiliary network needs for its own forward and backward pass.
+
+    Attributes:
+        activation_bytes: its peak, the gradient of the boundary included.
+        flops: forward and backward.
+        parameters: number of elements.
+    """
+
+    activation_bytes: int
+    flops: int
+    parameters: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """What a piece of the model between two places to cut needs when it is trained by itself.
+
+    Attributes:
+        backward_bytes: peak beyond what enters the piece and what it saves.
+        cut_flops: FLOPs that are saved when a block begins here, because nobody wants the gradient of what enters.
+    """
+
+    backward_bytes: int
+    cut_flops: int
+
+
+def measure_pieces(model: nn.Module, args: Any, kwargs: Any, profile: Profile) -> dict[str, Piece]:
+    """Every piece, by the name of its first unit, from a dry run in which the model is cut at every place.
+
+    Empty where the model does not allow that.
+    """
+
+    def run(model: nn.Module, batch: tuple[Any, Any]) -> dict[str, tuple[int, int]]:
+        meter = LiveMemory(model, inputs=batch)
+        found: dict[str, tuple[int, int]] = {}
+        before = 0
+
+        def train(unit: str, tensors: tuple[Tensor, ...]) -> None:
+            nonlocal before
+            norms = [torch.linalg.vector_norm(t.float()) for t in tensors if t.requires_grad]
+            if norms:
+                torch.stack(norms).sum().backward()
+            for parameter in model.parameters():
+                parameter.grad = None
+            found[unit], before = (meter.lap()[1], meter.flops - before), meter.flops
+
+        starts = ["", *profile.cuttable]
+        isolation = Isolation(
+            model,
+            profile.names,
+            profile.cuttable,
+            lambda boundary: train(starts[boundary.block], (*boundary.entering, *boundary.skipping)),
+            {cut: profile.crossing[cut] for cut in profile.cuttable},
+        )
+        with torch.enable_grad(), meter, isolation:
+            output = model(*batch[0], **batch[1])
+            with isolation.replay():
+                train(starts[isolation.block], tuple(isolation.twin(t) for t in tensors_in(output)))
+        return found
+
+    if not profile.cuttable:
+        return {}
+    try:
+        measured = dry_run(model, (args, kwargs), run)
+    except (GlcanError, RuntimeError):
+        return {}
+    places = cut_places(profile)
+    pieces: dict[str, Piece] = {}
+    for start, end, unit in zip(places[:-1], places[1:], ["", *profile.cuttable], strict=True):
+        peak, flops = measured.get(unit, (0, 0))
+        saved = sum(u.saved_bytes for u in profile.units[start:end])
+        entering = sum(f.bytes for f in profile.units[start].entering) if start else 0
+        whole = 3 * sum(u.flops for u in profile.units[start:end])
+        pieces[profile.units[start].name] = Piece(
+            max(0, peak - saved - entering), max(0, whole - flops) if start and flops else 0
+        )
+    return pieces
+
+
+def auxiliary_costs(
+    rule: Rule, model: nn.Module, profile: Profile, task: Task, batch: tuple[Any, ...], blocks: int
+) -> dict[str, AuxiliaryCost]:
+    """What the rule's auxiliary network needs at every place where a model may be cut into so many blocks."""
+
+    def run(model: nn.Module, batch: tuple[Any, ...]) -> dict[str, AuxiliaryCost]:
+        first = next(t for t in tensors_in(batch))
+        costs: dict[str, AuxiliaryCost] = {}
+        seen: dict[Any, AuxiliaryCost] = {}
+        for name in profile.cuttable:
+            cut = profile.unit(name)
+            with first.device:
+                network = rule.build(Site(model, profile, task, cut, blocks)).train(model.training)
+            key = (str(network), tuple(p.shape for p in network.parameters()), cut.entering)
+            if key not in seen:
+                seen[key] = _meter(network, task, cut, batch, first)
+            costs[name] = seen[key]
+        return costs
+
+    return dry_run(model, batch, run)
+
+
+def _meter(network: nn.Module, task: Task, cut: Unit, batch: tuple[Any, ...], like: Tensor) -> AuxiliaryCost:
+    entering = tuple(torch.empty(f.shape, device=like.device, requires_grad=True) for f in cut.entering)
+    meter = LiveMemory(auxiliary=network, inputs=(batch, entering))
+    with torch.enable_grad(), meter:
+        task.local_loss(network(Boundary(0, cut.name, entering), batch), batch).backward()
+    return AuxiliaryCost(meter.activation_peak_bytes, meter.flops, sum(p.numel() for p in network.parameters()))
+
+
+class Estimate:
+    """Bytes and FLOPs of every block that a model could be cut into.
+
+    Args:
+        profile: of the model.
+        pieces: what `measure_pieces` gave; a piece that is missing there needs twice its output.
+        auxiliary: what `auxiliary_costs` gave; empty for none.
+    """
+
+    def __init__(
+        self,
+        profile: Profile,
+        pieces: Mapping[str, Piece] | None = None,
+        auxiliary: Mapping[str, AuxiliaryCost] | None = None,
+    ) -> None:
+        self.profile = profile
+        self.auxiliary = auxiliary or {}
+        self._places = cut_places(profile)
+        runs = [profile.units[a:b] for a, b in itertools.pairwise(self._places)]
+        self._saved = [sum(u.saved_bytes for u in run) for run in runs]
+        self._output = [run[-1].output.bytes if run[-1].output else 0 for run in runs]
+        self._gradients = [4 * sum(u.parameters for u in run) for run in runs]
+        self._flops = [sum(u.flops for u in run) for run in runs]
+        self._entering = [sum(f.bytes for f in run[0].entering) if i else 0 for i, run in enumerate(runs)]
+        known = [(pieces or {}).get(run[0].name) for run in runs]
+        self._backward = [p.backward_bytes if p else 2 * out for p, out in zip(known, self._output, strict=True)]
+        self._cut_flops = [p.cut_flops if p else 0 for p in known]
+        self.block_bytes: BlockCost = functools.cache(self._block_bytes)
+        self.recomputed_bytes: BlockCost = functools.cache(self._recomputed_bytes)
+
+    def _after(self, j: int) -> int:
+        """Bytes of the auxiliary network of a block that ends at place j."""
+        cost = self.auxiliary.get(self.profile.units[self._places[j]].name) if j < len(self._saved) else None
+        return cost.activation_bytes if cost else 0
+
+    def _block_bytes(self, i: int, j: int) -> int:
+        """Peak of the activations and gradients of the block from place i to place j."""
+        saved, inside = 0, 0
+        for k in range(i, j):
+            saved += self._saved[k]
+            inside = max(inside + self._gradients[k], saved + self._backward[k])
+        return self._entering[i] + max(inside, saved + self._after(j))
+
+    def _recomputed_bytes(self, i: int, j: int) -> int:
+        """The same where each unit's activations are recomputed, so that only what enters the units is kept.
+
+        What the block hands on is alive all the time; a unit that saves it otherwise makes it a second time here.
+        """
+        kept, inside = self._output[j - 1] if j < len(self._saved) else 0, 0
+        for k in range(i, j):
+            kept += self._entering[k] if k > i else 0
+            inside = max(inside + self._gradients[k], kept + self._saved[k] + self._backward[k])
+        return self._entering[i] + max(inside, kept + self._after(j))
+
+    def extra_flops(self, i: int, j: int) -> int:
+        """FLOPs of the block from place i to place j beyond its share of end-to-end training; may be negative."""
+        cost = self.auxiliary.get(self.profile.units[self._places[j]].name) if j < len(self._saved) else None
+        return (cost.flops if cost else 0) - self._cut_flops[i]
+
+    def forward_flops(self, i: int, j: int) -> int:
+        """Forward FLOPs of the block's units: what recomputing them costs."""
+        return sum(self._flops[i:j])

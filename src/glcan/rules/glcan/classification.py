@@ -1,0 +1,57 @@
+"""The auxiliary network of classification: pooled local features and the skeleton's, joined and classified."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from glcan.isolation import Boundary
+from glcan.profile import Feature
+from glcan.rules.glcan.skeleton import BackboneSkeleton, Skeleton, as_map, reduce_to
+
+
+class ClassificationAuxiliary(nn.Module):
+    """Pooled local features and the skeleton's, joined and classified.
+
+    Every tensor that enters is read once, by the pooling that reduces it: so one gradient of its size is made on the
+    way back, and not one for each branch.
+    """
+
+    def __init__(
+        self,
+        main: int,
+        features: tuple[Feature, ...],
+        grid: tuple[int, int] | None,
+        local: bool,
+        skeleton: Skeleton | BackboneSkeleton | None,
+        classes: int,
+    ) -> None:
+        super().__init__()
+        self.main = main
+        self.features = features
+        self.grid = grid
+        self.skeleton = skeleton
+        channels = sum(f.channels for f in features) if local else 0
+        self.norm = nn.LayerNorm(channels) if local else None
+        self.head = nn.Linear(channels + (skeleton.channels if skeleton is not None else 0), classes)
+
+    def forward(self, boundary: Boundary, batch: Any) -> Tensor:
+        """-> logits [B, classes]."""
+        joined: list[Tensor] = []
+        local: list[Tensor] = []
+        for i, (tensor, feature) in enumerate(zip(boundary.entering, self.features, strict=True)):
+            feature_map = as_map(tensor, feature)
+            if i == self.main and self.skeleton is not None:
+                if self.grid is None:
+                    joined.append(self.skeleton(tensor))
+                else:
+                    feature_map = reduce_to(feature_map, self.grid)
+                    joined.append(self.skeleton(feature_map))
+            if self.norm is not None:
+                mean = feature_map.mean((2, 3))
+                local.append(mean + tensor[:, : feature.prefix].mean(1) if feature.prefix else mean)
+        if self.norm is not None:
+            joined.append(self.norm(torch.cat(local, 1)))
+        return self.head(torch.cat(joined, 1))

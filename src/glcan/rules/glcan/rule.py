@@ -1,0 +1,159 @@
+"""GLCAN: Global-Local Collaborative Auxiliary Network (arXiv 2406.00446).
+
+The paper's text beyond its abstract was not at hand; this is our construction in its spirit (docs/rules/glcan.md says
+what is ours). The auxiliary network of a block has
+
+- a *local branch*: what the task needs of the block's own features, at their own scale;
+- a *global branch*: a macro-skeleton of the network that is still to come, one light unit for each remaining stage,
+  with the real network's down-sampling, so that the local loss sees the receptive field of the final head;
+- *collaboration*: both together go into a head of the task's own kind.
+
+Its input is reduced to the first remaining stage's resolution before anything is computed, and the width of the
+skeleton is solved for a compute budget.
+
+Shape letters: B batch, C channels, H x W map, N tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import ClassVar, Literal
+
+from torch import nn
+
+from glcan.errors import ConfigError
+from glcan.profile import Feature
+from glcan.rules.base import Rule, Site
+from glcan.rules.glcan.classification import ClassificationAuxiliary
+from glcan.rules.glcan.skeleton import (
+    BackboneSkeleton,
+    Level,
+    Skeleton,
+    fit_widths,
+    skeleton_levels,
+    strides_of,
+    widths_of,
+)
+from glcan.tasks.classification import Classification
+
+
+class GLCAN(Rule):
+    """Light auxiliary networks with a local and a global branch, within a compute budget."""
+
+    name: ClassVar[str] = "glcan"
+    summary: ClassVar[str] = "global-local collaborative auxiliary networks (arXiv 2406.00446; our construction)"
+    tasks: ClassVar[tuple[str, ...]] = ("classification",)
+
+    @dataclasses.dataclass(frozen=True)
+    class Config:
+        """Options.
+
+        Attributes:
+            budget: forward FLOPs of all auxiliary networks together, as a share of the model's.
+            unit_share: each auxiliary network may cost this share of the model's average unit even where the budget
+                would give it less, as with many blocks.
+            unit_cost: each unit of the skeleton may cost this share of the real unit that it stands for; 0: no limit.
+            memory: bytes that an auxiliary network may hold, in multiples of the model's largest boundary. With 2, it
+                hardly ever sets the peak: the backward pass of a block that ends at that boundary needs as much anyway.
+            depth: of the skeleton, at least: with fewer stages to come, the last one's unit is repeated.
+            use_local: the local branch.
+            use_global: the global branch.
+            width: channels of the skeleton's units as a share of the real stages'; none: solved for the budget.
+            unit: "conv" (a 3x3 convolution), or "backbone" (a full-width copy of the remaining stages' first units,
+                as earlier work has it; the budget does not apply).
+            momentum: after each step the copies become ``momentum * copy + (1 - momentum) * real unit``; needs
+                ``unit="backbone"``; none: no exchange.
+        """
+
+        budget: float = 0.07
+        unit_share: float = 0.6
+        unit_cost: float = 0.5
+        memory: float = 2.0
+        depth: int = 2
+        use_local: bool = True
+        use_global: bool = True
+        width: float | None = None
+        unit: Literal["conv", "backbone"] = "conv"
+        momentum: float | None = None
+
+        def __post_init__(self) -> None:
+            if not 0 < self.budget <= 10:
+                raise ConfigError(
+                    f"glcan.budget is {self.budget}; it must lie in (0, 10], 0.1 for a tenth of the model."
+                )
+            if not 0 <= self.unit_share <= 10:
+                raise ConfigError(f"glcan.unit_share is {self.unit_share}; it must lie in [0, 10], 0 for none.")
+            if not 0 <= self.unit_cost <= 10:
+                raise ConfigError(f"glcan.unit_cost is {self.unit_cost}; it must lie in [0, 10], 0 for no limit.")
+            if not 1 <= self.depth <= 16:
+                raise ConfigError(f"glcan.depth is {self.depth}; it must lie in 1 ... 16.")
+            if not self.memory > 0:
+                raise ConfigError(
+                    f"glcan.memory is {self.memory}; it must be positive, 2 for twice the largest boundary."
+                )
+            if not (self.use_local or self.use_global):
+                raise ConfigError("glcan.use_local and glcan.use_global are both off; leave at least one branch on.")
+            if self.width is not None and not 0 < self.width <= 4:
+                raise ConfigError(f"glcan.width is {self.width}; it must lie in (0, 4], 1 for the real stages' width.")
+            if self.momentum is not None and not 0 <= self.momentum < 1:
+                raise ConfigError(
+                    f"glcan.momentum is {self.momentum}; it must lie in [0, 1): 1 would freeze the copies for good."
+                )
+            if self.momentum is not None and (self.unit != "backbone" or not self.use_global):
+                raise ConfigError(
+                    f"glcan.momentum is {self.momentum}, but it exchanges weights with the real units, so it needs "
+                    "unit='backbone' and use_global=True. Set these, or leave momentum out."
+                )
+
+    config: Config
+
+    def build(self, site: Site) -> nn.Module:
+        if not isinstance(site.task, Classification):
+            raise ConfigError(f"The rule 'glcan' serves {', '.join(self.tasks)}, not {site.task.name!r}.")
+        assert site.task.classes is not None
+        feature = site.features[site.main]
+        skeleton: Skeleton | BackboneSkeleton | None = None
+        grid: tuple[int, int] | None = None
+        if self.config.use_global and self.config.unit == "backbone":
+            skeleton = BackboneSkeleton(site)
+        elif self.config.use_global:
+            levels = skeleton_levels(site, feature, self.config.depth)
+            grid = levels[0].grid
+            skeleton = self._skeleton(site, feature, levels)
+        return ClassificationAuxiliary(
+            site.main, site.features, grid, self.config.use_local, skeleton, site.task.classes
+        )
+
+    def _skeleton(self, site: Site, feature: Feature, levels: list[Level]) -> Skeleton:
+        weighted = sum(unit.weights > 0 for unit in site.profile.units)
+        share = site.profile.flops * max(
+            self.config.budget / max(1, site.blocks - 1), self.config.unit_share / max(1, weighted)
+        )
+        if self.config.width is not None:
+            widths = widths_of(feature.channels, levels, self.config.width, math.inf)
+        else:
+            largest = max(sum(f.bytes for f in site.profile.unit(name).entering) for name in site.profile.cuttable)
+            memory = self.config.memory * largest / site.profile.batch
+            widths = fit_widths(
+                feature.channels, levels, share / site.profile.batch, memory, self.config.unit_cost or math.inf
+            )
+        return Skeleton(feature.channels, widths, strides_of(levels))
+
+    def segments(self, auxiliary: nn.Module) -> list[list[str]]:
+        assert isinstance(auxiliary, ClassificationAuxiliary)
+        skeleton = auxiliary.skeleton
+        if skeleton is None:
+            return []
+        names = [f"skeleton.units.{name}" for name, _ in skeleton.units.named_children()]
+        if isinstance(skeleton, BackboneSkeleton):
+            return [[name] for name in names]
+        return [names[i : i + 3] for i in range(0, len(names), 3)]  # convolution, normalisation, activation
+
+    def after_step(self, auxiliary: nn.ModuleDict, model: nn.Module) -> None:
+        if self.config.momentum is None:
+            return
+        for network in auxiliary.values():
+            skeleton = network.skeleton
+            assert isinstance(skeleton, BackboneSkeleton)
+            skeleton.move_towards(model, self.config.momentum)
