@@ -110,8 +110,9 @@ class Profile:
         calls: for each call of a unit, in the order of running, the unit's index. A unit may be called again and again.
         glue: for each parameter (by name) that is used between units, the positions in `calls` after which it is used
             (-1: before the first call).
-        image: (height, width) of the first 4-d input, None without one.
-        batch: size of the batch.
+        image: (height, width) of the first 4-d input, None without one. Of a model that makes the images' batch itself
+            (detectors, from lists of 3-d images): of the first 4-d tensor that enters a unit with a convolution.
+        batch: size of the batch, likewise.
         writes_input: the model changes its input in place.
         output: shapes of the model's output tensors.
     """
@@ -383,6 +384,7 @@ class _Recorder(Isolation):
         self.saved: list[int] = []
         self.flops: list[int] = []
         self.latest: Any = None  # what the latest unit gave
+        self.images: tuple[int, ...] | None = None  # shape of the first 4-d tensor that enters a convolution
 
     def _use(self, value: Any) -> list[Tensor]:
         tensors = _differentiable(value)
@@ -419,6 +421,9 @@ class _Recorder(Isolation):
             tags = [getattr(t, _TAG, None) for t in entering]
             numbers = frozenset(tag.number for tag in tags if tag is not None and tag.run is self._run)
             self.notes[name] = _Note(self.clock, [tuple(t.shape) for t in entering], numbers, chained)
+            if self.images is None and any(len(p.shape) == 4 for p in self.modules[name].parameters()):
+                shapes = (tuple(t.shape) for t in tensors_in((args, kwargs)))
+                self.images = next((shape for shape in shapes if len(shape) == 4), None)
         del entering
         out = super()._call(name, forward, args, kwargs)
         if first:
@@ -443,10 +448,12 @@ class _Recorder(Isolation):
         missing = [name for name in self.modules if name not in self.notes]
         if missing:
             raise CutError(f"The units {missing} are never called by {type(self.model).__name__}; leave them out.")
-        images = [t for t in tensors_in((args, kwargs)) if t.dim() == 4]
-        image = (int(images[0].shape[-2]), int(images[0].shape[-1])) if images else None
-        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim()]
-        batch = int(inputs[0].shape[0]) if inputs else 1
+        inputs = [tuple(t.shape) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim()]
+        images: tuple[int, ...] | None = next((shape for shape in inputs if len(shape) == 4), None)
+        if images is None and self.images is not None:
+            images, inputs = self.images, [self.images]
+        image = (int(images[-2]), int(images[-1])) if images is not None else None
+        batch = int(inputs[0][0]) if inputs else 1
         saved: dict[str, int] = defaultdict(int)
         flops: dict[str, int] = defaultdict(int)
         for i, name in enumerate(self.calls):

@@ -153,6 +153,17 @@ def test_the_dry_run_falls_back_to_the_real_model_and_leaves_it_alone(name: str)
 
 
 @pytest.mark.parametrize("name", DETECTORS)
+def test_the_profile_knows_the_images_that_the_model_makes_of_its_list(name: str) -> None:
+    found = profile(detector(name), batch())
+    assert found.batch == 2
+    assert found.image == ((64, 96) if "rcnn" in name else (64, 64))  # resized and padded
+    trunk = [unit for unit in found.units if "backbone.body" in unit.name]
+    assert {unit.output.layout for unit in trunk if unit.output} == {"BCHW"}
+    entering = found.unit("backbone.body.layer3.1").entering
+    assert [feature.grid for feature in entering] == [(4, found.image[1] // 16)]
+
+
+@pytest.mark.parametrize("name", DETECTORS)
 def test_a_dry_run_with_assumed_values_comes_close(name: str) -> None:
     """One-stage detectors then run on fake tensors alone, backward pass included; two stages need real proposals."""
     fake: list[bool] = []
