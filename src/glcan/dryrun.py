@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_map_only
 
 from glcan.errors import GradientLeak, UnknownName
 
-__all__ = ["dry_run", "fake_copy"]
+__all__ = ["AssumedValues", "dry_run", "fake_copy"]
 
 T = TypeVar("T")
 
@@ -73,11 +73,11 @@ def _untouched(model: nn.Module) -> Iterator[None]:
                     buffer.copy_(buffers[name])
 
 
-class _AssumedValues(TorchDispatchMode):
+class AssumedValues(TorchDispatchMode):
     """Stands in for values that fake tensors do not have: a scalar read from one is 0, a mask selects everything.
 
-    So detectors run that match anchors to targets: what depends on a mask gets its largest size, and the figures are
-    upper bounds there.
+    To be entered inside of a `FakeTensorMode`, as `dry_run` does with ``assume``. So detectors run that match anchors
+    to targets: what depends on a mask gets its largest size, and the figures are upper bounds there.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -110,7 +110,7 @@ def dry_run(model: nn.Module, batch: Any, use: Callable[[nn.Module, Any], T], *,
         model: the user's model; as it was afterwards.
         batch: nested tensors; never written to.
         use: runs the model and returns what was found out; called a second time after a failure on fake tensors.
-        assume: before the real model, try fake tensors with assumed values: scalars 0, masks full. For models that are
+        assume: on the fake copy, assume the values that decide something: scalars 0, masks full. For models that are
             known to do nothing else with them, as torchvision's one-stage detectors: the real run needs the memory of a
             whole training step.
 
@@ -120,14 +120,12 @@ def dry_run(model: nn.Module, batch: Any, use: Callable[[nn.Module, Any], T], *,
     if any(isinstance(p, FakeTensor) for p in model.parameters()):  # the caller is in a dry run already
         return use(model, batch)
     with _untouched(model):  # even a copy may reach the real model, through a closure that overrides a forward
-        for assumed in (contextlib.nullcontext(), _AssumedValues())[: 1 + assume]:
-            try:
-                mode = FakeTensorMode(allow_non_fake_inputs=True)
-                twin, fake_batch = fake_copy(model, batch, mode)
-                with mode, assumed:
-                    return use(twin, fake_batch)
-            except (GradientLeak, UnknownName):
-                raise  # true of the real model too
-            except Exception:
-                continue
-        return use(model, tree_map_only(Tensor, lambda t: t.detach().clone(), batch))
+        try:
+            mode = FakeTensorMode(allow_non_fake_inputs=True)
+            twin, fake_batch = fake_copy(model, batch, mode)
+            with mode, AssumedValues() if assume else contextlib.nullcontext():
+                return use(twin, fake_batch)
+        except (GradientLeak, UnknownName):
+            raise  # true of the real model too
+        except Exception:
+            return use(model, tree_map_only(Tensor, lambda t: t.detach().clone(), batch))

@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from glcan import rules, tasks
-from glcan.dryrun import fake_copy
+from glcan.dryrun import AssumedValues, fake_copy
 from glcan.errors import ConfigError, CutError
 from glcan.estimate import Estimate, Piece, auxiliary_costs, measure_pieces
 from glcan.isolation import tensors_in
@@ -332,7 +332,10 @@ class _Bench:
 
     @contextlib.contextmanager
     def _context(self) -> Iterator[None]:
-        with self.mode if self.mode is not None else contextlib.nullcontext():
+        if self.mode is None:
+            yield
+            return
+        with self.mode, AssumedValues() if self.task.assumes else contextlib.nullcontext():
             yield
 
     def _build(self, rule: str | rules.Rule, **options: Any) -> LocalLearner:

@@ -158,7 +158,7 @@ def profile(
     kwargs: Mapping[str, Any] | None = None,
     *,
     units: Sequence[str] | None = None,
-    inputs: Any = None,
+    assume: bool = False,
 ) -> Profile:
     """Finds the units of a model, and what they cost, by running it once.
 
@@ -166,6 +166,7 @@ def profile(
         model: any module, in the mode (train, eval) in which it is to be profiled. Not changed.
         args, kwargs: a batch, as the model's ``forward`` takes it.
         units: names of sub-modules to take as units instead of looking for them.
+        assume: see `glcan.dryrun.dry_run`.
 
     Raises:
         ConfigError: the model cannot be run on this batch, or has nothing that could be a unit.
@@ -173,7 +174,7 @@ def profile(
     """
     batch = (tuple(args), dict(kwargs or {}))
     try:
-        return dry_run(model, batch, lambda m, b: _profile(m, b[0], b[1], units))
+        return dry_run(model, batch, lambda m, b: _profile(m, b[0], b[1], units), assume=assume)
     except GlcanError:
         raise
     except Exception as error:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import SGD
 
-from glcan import LocalLearner, dryrun, profile
+from glcan import LocalLearner, dryrun, measure_step, plan, profile
 from glcan.errors import ConfigError, DataError, GradientLeak
 from glcan.isolation import Boundary
 from glcan.memory import LiveMemory
@@ -19,6 +19,7 @@ from glcan.models import create
 from glcan.rules import Rule, Site
 from glcan.tasks import Detection
 from glcan.tasks import create as create_task
+from glcan.tasks.detection import check_targets
 
 DETECTORS = ["retinanet_small", "fcos_small", "fasterrcnn_resnet18_fpn"]
 CUTS = ["backbone.body.layer2.0", "backbone.body.layer3.1"]  # the second one inside a stage
@@ -244,3 +245,63 @@ def test_a_leak_is_found() -> None:
     model.head.forward = lambda features: head([feature + kept[-1].mean() for feature in features])
     with pytest.raises(GradientLeak, match="backbone.body"):
         LocalLearner(model, "detection", batch(), cuts=CUTS, rule=PerCut())
+
+
+ONE_STAGE = DETECTORS[:2]
+OPTIMIZER = partial(SGD, lr=1e-3, momentum=0.9)
+
+
+@pytest.mark.parametrize("name", ONE_STAGE)
+@pytest.mark.parametrize(
+    "options",
+    [{"rule": "e2e"}, {"rule": "checkpoint"}, {"blocks": 3, "rule": PerCut()}],
+    ids=["e2e", "checkpoint", "local"],
+)
+def test_one_stage_detectors_are_planned_on_fake_tensors(
+    name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = detector(name)
+    fake: list[bool] = []
+    forward = type(model).forward
+
+    def watched(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        fake.append(all(isinstance(p, FakeTensor) for p in self.parameters()))
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(model), "forward", watched)
+    forecast = plan(model, "detection", batch(), optimizer=OPTIMIZER, baselines=(), **options)
+    learner = LocalLearner(model, "detection", batch(), optimizer=OPTIMIZER, **options)
+    assert fake
+    assert all(fake)
+    assert learner.plan.cuts == forecast.plan.cuts
+    measured = measure_step(learner, *batch())
+    assert not fake[-1]
+    assert forecast.cost.peak_bytes == pytest.approx(measured.peak_bytes, rel=0.02)
+    assert forecast.cost.flops == measured.flops
+
+
+def test_a_plan_within_a_budget() -> None:
+    model = detector("retinanet_small")
+    options: dict[str, Any] = {"rule": PerCut(), "optimizer": OPTIMIZER}
+    whole = plan(model, "detection", batch(), blocks=1, baselines=(), **options).cost.peak_bytes
+    found = plan(model, "detection", batch(), memory=int(0.9 * whole), baselines=(), **options)
+    assert found.cost.peak_bytes <= 0.9 * whole
+
+
+def test_two_stages_are_planned_on_a_copy() -> None:
+    model = detector("fasterrcnn_resnet18_fpn")
+    before = copy.deepcopy(model.state_dict())
+    forecast = plan(model, "detection", batch(), rule="e2e", optimizer=OPTIMIZER, baselines=())
+    assert_equal(model.state_dict(), before)
+    learner = LocalLearner(model, "detection", batch(), rule="e2e", optimizer=OPTIMIZER)
+    assert forecast.cost.peak_bytes == pytest.approx(measure_step(learner, *batch()).peak_bytes, rel=0.05)
+
+
+def test_an_example_is_a_batch_of_the_task() -> None:
+    images, targets = Detection().example(3, 3, (48, 96))
+    check_targets(images, targets)
+    assert [tuple(image.shape) for image in images] == [(3, 48, 96)] * 3
+    assert all(
+        len(target["boxes"]) == 7 and (target["boxes"].amax(0)[2:] <= torch.tensor([96, 48])).all()
+        for target in targets
+    )

@@ -103,6 +103,22 @@ def test_images_of_mixed_sizes_from_files(tmp_path: Path) -> None:
     assert summary.classes == ["dog", "cat"]
 
 
+def test_the_command_that_plans() -> None:
+    def found(*arguments: str) -> dict[str, Any]:
+        common = ["--task", "detection", "--rule", "e2e", "--batch", "2", "--json"]
+        result = CliRunner().invoke(app, ["plan", *arguments, *common])
+        assert result.exit_code == 0, result.output
+        plan: dict[str, Any] = json.loads(result.output)
+        return plan
+
+    small = found("fcos_small", "--image", "64x96", "--classes", "3")
+    assert (small["task"], small["image"]) == ("detection", [64, 96])
+    own = ["--model-option", "min_size=64", "--model-option", "max_size=96"]
+    asked = found("fcos_small", "--image", "64x96", "--classes", "3", *own)
+    assert asked["peak_bytes"] == small["peak_bytes"]  # the model does not resize what it is planned for
+    assert found("fcos_small")["image"] == [160, 160]
+
+
 def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
@@ -128,6 +144,7 @@ def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(output["predictions"][0]["objects"][0]) == {"class", "box", "score"}
     table = glcan("predict", "run", "a/one.jpg", "--min-score", "1", "--out", "elsewhere")
     assert "none" in table
+    assert "--top is not for the run's task 'detection'" in glcan("predict", "run", "a/one.jpg", "--top", "2", code=2)
     assert Path("elsewhere/one.png").is_file()
     methods = ["--methods", "e2e,checkpoint", "--share-exact"]
     glcan("compare", "detection", "--out", "compared", "--quiet", *methods, *small)

@@ -31,7 +31,7 @@ from glcan.models.cifar_resnet import DEPTHS, CifarResNet
 from glcan.models.detection import create_detector, detector_names, is_detector
 from glcan.models.edsr import EDSR
 
-__all__ = ["create", "detector_names", "names"]
+__all__ = ["create", "detector_names", "is_detector", "names"]
 
 _CIFAR = {f"cifar_resnet{depth}": depth for depth in DEPTHS}
 _EDSR: dict[str, dict[str, Any]] = {

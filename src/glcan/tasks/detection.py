@@ -15,6 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from glcan.errors import ConfigError, DataError
 from glcan.tasks.base import Task
 
+_EXAMPLE_BOXES = 7  # of an image; COCO's have 7.3 on average
+
 
 class Detection(Task):
     """Boxes and classes, learned through the losses that the model itself returns in train mode.
@@ -27,6 +29,8 @@ class Detection(Task):
     """
 
     name: ClassVar[str] = "detection"
+    assumes: ClassVar[bool] = True
+    """One-stage detectors match anchors to boxes by masks alone, and run on fake tensors; others fall back."""
 
     def arguments(self, batch: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if len(batch) != 2:
@@ -34,6 +38,14 @@ class Detection(Task):
         images, targets = batch
         _check_structure(images, targets)
         return (list(images), [dict(target) for target in targets]), {}
+
+    def example(self, batch: int, channels: int, image: tuple[int, int]) -> tuple[Any, ...]:
+        height, width = image
+        corners = torch.arange(1, _EXAMPLE_BOXES + 1).unsqueeze(1) / _EXAMPLE_BOXES
+        boxes = torch.cat([torch.zeros(_EXAMPLE_BOXES, 2), corners * torch.tensor([width, height])], 1)
+        labels = torch.ones(_EXAMPLE_BOXES, dtype=torch.int64)
+        images = [torch.zeros(channels, height, width) for _ in range(batch)]
+        return images, [{"boxes": boxes.clone(), "labels": labels.clone()} for _ in range(batch)]
 
     def prepare(self, shapes: tuple[tuple[int, ...], ...], batch: tuple[Any, ...]) -> None:
         """Checks the sample; see `check_targets`."""
