@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from functools import partial
 from typing import Any, ClassVar
 
@@ -12,10 +13,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import SGD
 
 from glcan import LocalLearner, dryrun, measure_step, plan, profile
-from glcan.errors import ConfigError, DataError, GradientLeak
+from glcan.errors import ConfigError, CutError, DataError, GradientLeak
 from glcan.isolation import Boundary
 from glcan.memory import LiveMemory
 from glcan.models import create
+from glcan.plan import numbers_of_blocks
 from glcan.rules import Rule, Site
 from glcan.tasks import Detection
 from glcan.tasks import create as create_task
@@ -305,3 +307,36 @@ def test_an_example_is_a_batch_of_the_task() -> None:
         len(target["boxes"]) == 7 and (target["boxes"].amax(0)[2:] <= torch.tensor([96, 48])).all()
         for target in targets
     )
+
+
+def test_a_detector_of_two_stages_is_cut_only_where_every_block_learns() -> None:
+    """The proposals' head and the boxes' stand side by side, and so do the two heads at the end."""
+    model = detector("fasterrcnn_resnet18_fpn")
+    found = profile(model, batch())
+    starts = [found.unit(name).index for name in found.cuttable]
+    refused = {
+        (found.units[a].name, found.units[b].name)
+        for a, b in itertools.combinations(starts, 2)
+        if not found.trains(a, b)
+    }
+    predictor = "roi_heads.box_predictor"
+    assert refused == {("rpn", "roi_heads.box_head.fc6"), (f"{predictor}.cls_score", f"{predictor}.bbox_pred")}
+    for cuts in refused:
+        with pytest.raises(CutError, match="side by side"):
+            LocalLearner(model, "detection", batch(), cuts=list(cuts), rule=PerCut())
+    most = max(numbers_of_blocks(found))
+    assert most == len(found.cuttable) - 1
+    for blocks in (4, most):
+        learner = LocalLearner(model, "detection", batch(), blocks=blocks, rule=PerCut())
+        assert learner.plan.blocks == blocks
+    with pytest.raises(CutError, match=f"1 to {most} blocks"):
+        LocalLearner(model, "detection", batch(), blocks=most + 1, rule=PerCut())
+
+
+def test_frozen_parts_stand_wherever_they_do() -> None:
+    model = detector("fasterrcnn_resnet18_fpn")
+    model.rpn.requires_grad_(False)
+    found = profile(model, batch())
+    assert found.trains(found.unit("rpn").index, found.unit("roi_heads.box_head.fc6").index)
+    cuts = ["rpn", "roi_heads.box_head.fc6"]
+    assert LocalLearner(model, "detection", batch(), cuts=cuts, rule=PerCut()).plan.cuts == tuple(cuts)
