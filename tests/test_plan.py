@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from glcan.errors import CutError, UnknownName
-from glcan.plan import choose_cuts, make_plan
+from glcan.plan import cheapest_cuts, choose_cuts, make_plan, numbers_of_blocks
 from glcan.profile import Feature, Profile, Unit
 
 
@@ -68,6 +69,32 @@ def test_the_most_even_of_equally_large_ones() -> None:
     assert choose_cuts(a_profile([1, 2, 3, 3, 1, 9]), 3) == ("u2", "u5") or costs(
         a_profile([1, 2, 3, 3, 1, 9]), choose_cuts(a_profile([1, 2, 3, 3, 1, 9]), 3)
     ) == [6, 4, 9]
+
+
+def side_by_side(saved: list[int]) -> Profile:
+    """Units of which the last two both stand on the one before them."""
+    chain = a_profile(saved)
+    last = len(saved) - 1
+    sources = {f"u{i}": i - 1 for i in range(1, last)} | {f"u{last}": last - 2}
+    return dataclasses.replace(chain, trained=frozenset(range(last + 1)), sources=sources)
+
+
+def test_no_block_that_a_loss_at_its_end_could_not_train() -> None:
+    profile = side_by_side([1, 1, 9, 9])
+    assert numbers_of_blocks(profile) == [1, 2, 3]
+    assert choose_cuts(a_profile([1, 1, 9, 9]), 3) == ("u2", "u3")
+    assert choose_cuts(profile, 3) in {("u1", "u2"), ("u1", "u3")}
+    assert cheapest_cuts(profile, 3, lambda i, j: 0, lambda i, j: int(j - i != 1), 0) == (1, ("u1", "u2"))
+    with pytest.raises(CutError, match=r"blocks=4.*1 to 3 blocks.*side by side"):
+        choose_cuts(profile, 4)
+
+
+def test_a_block_without_anything_to_train_may_stand_anywhere() -> None:
+    profile = side_by_side([1, 1, 9, 9])
+    assert not profile.trains(2, 3)
+    assert profile.trains(1, 3)
+    assert dataclasses.replace(profile, trained=frozenset({0, 1, 3})).trains(2, 3)
+    assert numbers_of_blocks(dataclasses.replace(profile, trained=frozenset({0, 1, 3}))) == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("blocks", [0, -1, 5])

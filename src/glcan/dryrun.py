@@ -18,12 +18,18 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from glcan.errors import GradientLeak, UnknownName
 
-__all__ = ["dry_run", "fake_copy"]
+__all__ = ["AssumedValues", "dry_run", "fake_copy"]
 
 T = TypeVar("T")
 
@@ -67,13 +73,46 @@ def _untouched(model: nn.Module) -> Iterator[None]:
                     buffer.copy_(buffers[name])
 
 
-def dry_run(model: nn.Module, batch: Any, use: Callable[[nn.Module, Any], T]) -> T:
+class AssumedValues(TorchDispatchMode):
+    """Stands in for values that fake tensors do not have: a scalar read from one is 0, a mask selects everything.
+
+    To be entered inside of a `FakeTensorMode`, as `dry_run` does with ``assume``. So detectors run that match anchors
+    to targets: what depends on a mask gets its largest size, and the figures are upper bounds there.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        try:
+            return func(*args, **(kwargs or {}))
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            name = func._overloadpacket.__name__
+            if name == "_local_scalar_dense":
+                dtype = args[0].dtype
+                return False if dtype == torch.bool else 0.0 if dtype.is_floating_point else 0
+            if name == "nonzero":
+                return args[0].new_empty((args[0].numel(), args[0].dim()), dtype=torch.int64)
+            if name in ("index", "index_put", "index_put_"):
+                indices = [index for given in args[1] for index in _selecting_all(given)]
+                return func(args[0], indices, *args[2:], **(kwargs or {}))
+            raise
+
+
+def _selecting_all(index: Any) -> list[Any]:
+    """A mask as the positions of all of its elements, for each of its dimensions; any other index as it is."""
+    if isinstance(index, Tensor) and index.dtype == torch.bool:
+        return [index.new_empty(index.numel(), dtype=torch.int64) for _ in range(index.dim())]
+    return [index]
+
+
+def dry_run(model: nn.Module, batch: Any, use: Callable[[nn.Module, Any], T], *, assume: bool = False) -> T:
     """``use(model, batch)`` on a fake copy; on the real model where that is not possible.
 
     Args:
         model: the user's model; as it was afterwards.
         batch: nested tensors; never written to.
         use: runs the model and returns what was found out; called a second time after a failure on fake tensors.
+        assume: on the fake copy, assume the values that decide something: scalars 0, masks full. For models that are
+            known to do nothing else with them, as torchvision's one-stage detectors: the real run needs the memory of a
+            whole training step.
 
     Raises:
         Exception: whatever ``use`` raises on the real model.
@@ -84,7 +123,7 @@ def dry_run(model: nn.Module, batch: Any, use: Callable[[nn.Module, Any], T]) ->
         try:
             mode = FakeTensorMode(allow_non_fake_inputs=True)
             twin, fake_batch = fake_copy(model, batch, mode)
-            with mode:
+            with mode, AssumedValues() if assume else contextlib.nullcontext():
                 return use(twin, fake_batch)
         except (GradientLeak, UnknownName):
             raise  # true of the real model too

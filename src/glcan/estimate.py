@@ -56,10 +56,12 @@ class Piece:
     cut_flops: int
 
 
-def measure_pieces(model: nn.Module, args: Any, kwargs: Any, profile: Profile) -> dict[str, Piece]:
+def measure_pieces(
+    model: nn.Module, args: Any, kwargs: Any, profile: Profile, *, assume: bool = False
+) -> dict[str, Piece]:
     """Every piece, by the name of its first unit, from a dry run in which the model is cut at every place.
 
-    Empty where the model does not allow that.
+    Empty where the model does not allow that. ``assume``: see `glcan.dryrun.dry_run`.
     """
     places = cut_places(profile)
     cuts = [profile.units[index].name for index in places[1:-1]]
@@ -95,7 +97,7 @@ def measure_pieces(model: nn.Module, args: Any, kwargs: Any, profile: Profile) -
     if not cuts:
         return {}
     try:
-        measured = dry_run(model, (args, kwargs), run)
+        measured = dry_run(model, (args, kwargs), run, assume=assume)
     except (GlcanError, RuntimeError):
         return {}
     pieces: dict[str, Piece] = {}
@@ -129,7 +131,7 @@ def auxiliary_costs(
             costs[cut.name] = seen[key]
         return costs
 
-    return dry_run(model, batch, run)
+    return dry_run(model, batch, run, assume=task.assumes)
 
 
 def _meter(network: nn.Module, task: Task, cut: Unit, batch: tuple[Any, ...], like: Tensor) -> AuxiliaryCost:

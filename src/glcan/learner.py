@@ -133,7 +133,7 @@ class LocalLearner:
                 cuts, recompute = self.forecast.plan.cuts or None, self.forecast.plan.recompute
                 blocks = None if cuts else 1
         args, kwargs = self.task.arguments(batch)
-        self.profile: Profile = profile(model, args, kwargs, units=units)
+        self.profile: Profile = profile(model, args, kwargs, units=units, assume=self.task.assumes)
         self.task.prepare(self.profile.output, batch)
         self.plan = self._make_plan(batch, blocks, cuts, recompute)
         self.names = names = self.plan.names
@@ -181,7 +181,7 @@ class LocalLearner:
             cost = None
             if cuts is None and blocks is not None and 1 < blocks < len(cut_places(self.profile)):
                 args, kwargs = self.task.arguments(batch)
-                pieces = measure_pieces(self.model, args, kwargs, self.profile)
+                pieces = measure_pieces(self.model, args, kwargs, self.profile, assume=self.task.assumes)
                 auxiliary = auxiliary_costs(self.rule, self.model, self.profile, self.task, batch, blocks)
                 cost = Estimate(self.profile, pieces, auxiliary).block_bytes
             return make_plan(self.profile, blocks=blocks, cuts=cuts, cost=cost, recompute=recompute)
@@ -302,7 +302,7 @@ class LocalLearner:
                     look(self.plan.blocks - 1, total)
             return entering
 
-        return dry_run(self.model, batch, check)
+        return dry_run(self.model, batch, check, assume=self.task.assumes)
 
     # -- training ------------------------------------------------------------------------------------------------
 

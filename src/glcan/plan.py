@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from glcan.errors import CutError, UnknownName
 from glcan.profile import Feature, Profile, Unit
 
-__all__ = ["BlockCost", "Plan", "cheapest_cuts", "choose_cuts", "cut_places", "make_plan"]
+__all__ = ["BlockCost", "Plan", "cheapest_cuts", "choose_cuts", "cut_places", "make_plan", "numbers_of_blocks"]
 
 BlockCost = Callable[[int, int], int]
 """What a block costs, by the places (see `cut_places`) where it begins and ends."""
@@ -129,14 +129,16 @@ def choose_cuts(profile: Profile, blocks: int, cost: BlockCost | None = None) ->
             block saves and what enters it.
     """
     places = cut_places(profile)
-    if blocks < 1 or blocks > len(places) - 1:
+    possible = numbers_of_blocks(profile)
+    if blocks not in possible:
+        aside = "" if len(possible) == len(places) - 1 else ", some of which stand side by side"
         raise CutError(
-            f"blocks={blocks}, but this model can be cut into 1 to {len(places) - 1} blocks "
-            f"(it has {len(places) - 1} units at which a block may begin). Choose a number in that range."
+            f"blocks={blocks}, but this model can be cut into 1 to {max(possible)} blocks "
+            f"(it has {len(places) - 1} units at which a block may begin{aside}). Choose a number in that range."
         )
-    cost = functools.cache(cost or _saved_bytes(profile))
-    largest, _ = _cheapest(len(places) - 1, blocks, cost, max)
-    _, begins = _cheapest(len(places) - 1, blocks, cost, lambda joined, block: joined + block**2, largest)
+    cost, allowed = functools.cache(cost or _saved_bytes(profile)), _trainable(profile)
+    largest, _ = _cheapest(len(places) - 1, blocks, cost, max, allowed)
+    _, begins = _cheapest(len(places) - 1, blocks, cost, lambda joined, block: joined + block**2, allowed, largest)
     return tuple(profile.units[places[i]].name for i in begins[1:])
 
 
@@ -152,7 +154,7 @@ def cheapest_cuts(
         return None
     cost, price = functools.cache(cost), functools.cache(price)
     try:
-        total, begins = _cheapest(len(places) - 1, blocks, cost, operator.add, bound, price)
+        total, begins = _cheapest(len(places) - 1, blocks, cost, operator.add, _trainable(profile), bound, price)
     except KeyError:
         return None
     return total, tuple(profile.units[places[i]].name for i in begins[1:])
@@ -168,6 +170,22 @@ def cut_places(profile: Profile) -> list[int]:
     last = max(maps, default=len(profile.units))
     inner = [index for name in profile.cuttable if (index := profile.unit(name).index) <= last]
     return [0, *inner, len(profile.units)]
+
+
+def numbers_of_blocks(profile: Profile) -> list[int]:
+    """The numbers of blocks into which a model can be cut so that every block can be trained, see `Profile.trains`."""
+    count, allowed = len(cut_places(profile)) - 1, _trainable(profile)
+    reached = [1] + [0] * count  # place -> bit k is set where k blocks can end there
+    for j in range(1, count + 1):
+        for i in range(j):
+            if allowed(i, j):
+                reached[j] |= reached[i] << 1
+    return [k for k in range(1, count + 1) if reached[count] >> k & 1]
+
+
+def _trainable(profile: Profile) -> Callable[[int, int], bool]:
+    places = cut_places(profile)
+    return functools.cache(lambda i, j: profile.trains(places[i], places[j]))
 
 
 def _saved_bytes(profile: Profile) -> BlockCost:
@@ -186,10 +204,11 @@ def _cheapest(
     blocks: int,
     cost: BlockCost,
     join: Callable[[int, int], int],
+    allowed: Callable[[int, int], bool],
     bound: float = math.inf,
     price: BlockCost | None = None,
 ) -> tuple[int, list[int]]:
-    """The least price (by default: cost) of all blocks joined, none of them over the bound, and where they begin.
+    """The least price (by default: cost) of all blocks joined, allowed ones within the bound, and where they begin.
 
     Raises:
         KeyError: no cuts keep the bound.
@@ -201,7 +220,7 @@ def _cheapest(
         options: dict[int, list[tuple[int, int]]] = defaultdict(list)
         for i, (joined, _) in rows[-1].items():
             for j in range(i + 1, places + 1):
-                if cost(i, j) <= bound:
+                if allowed(i, j) and cost(i, j) <= bound:
                     options[j].append((join(joined, price(i, j)), i))
         rows.append({j: min(found) for j, found in options.items()})
     begins, j = [], places

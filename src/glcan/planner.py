@@ -22,13 +22,13 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from glcan import rules, tasks
-from glcan.dryrun import fake_copy
+from glcan.dryrun import AssumedValues, fake_copy
 from glcan.errors import ConfigError, CutError
 from glcan.estimate import Estimate, Piece, auxiliary_costs, measure_pieces
 from glcan.isolation import tensors_in
 from glcan.learner import LocalLearner, OptimizerFactory
 from glcan.memory import KINDS, StepCost, measure_step
-from glcan.plan import Plan, cheapest_cuts, choose_cuts, cut_places
+from glcan.plan import Plan, cheapest_cuts, choose_cuts, cut_places, numbers_of_blocks
 from glcan.profile import Profile, profile
 from glcan.sizes import format_bytes, format_scaled, parse_bytes
 
@@ -231,7 +231,7 @@ def largest_batches(
     name = rules.create(rule, rule_options).name
     methods: list[tuple[str, Any, dict[str, Any]]] = [(baseline, baseline, {}) for baseline in BASELINES]
     for k in blocks:
-        if 1 < k < len(cut_places(bench(2).profile)):
+        if k > 1 and k in numbers_of_blocks(bench(2).profile):
             methods.append((f"{name}:{k}", None, {"blocks": k}))
             methods.append((f"{name}:{k}+recompute", None, {"blocks": k, "recompute": True}))
     for method, baseline, options in methods:
@@ -332,7 +332,10 @@ class _Bench:
 
     @contextlib.contextmanager
     def _context(self) -> Iterator[None]:
-        with self.mode if self.mode is not None else contextlib.nullcontext():
+        if self.mode is None:
+            yield
+            return
+        with self.mode, AssumedValues() if self.task.assumes else contextlib.nullcontext():
             yield
 
     def _build(self, rule: str | rules.Rule, **options: Any) -> LocalLearner:
@@ -371,9 +374,9 @@ class _Bench:
         return Estimate(self.profile, self.pieces, costs)
 
     def _numbers_of_blocks(self) -> list[int]:
-        most = len(cut_places(self.profile)) - 1
-        wanted = [1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, most]
-        return sorted({k for k in wanted if k <= most})
+        possible = numbers_of_blocks(self.profile)
+        wanted = {1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, max(possible)}
+        return [k for k in possible if k in wanted]
 
     def fit(self, limit: int) -> Forecast:
         """The cheapest plan whose peak is within the limit."""

@@ -110,10 +110,14 @@ class Profile:
         calls: for each call of a unit, in the order of running, the unit's index. A unit may be called again and again.
         glue: for each parameter (by name) that is used between units, the positions in `calls` after which it is used
             (-1: before the first call).
-        image: (height, width) of the first 4-d input, None without one.
-        batch: size of the batch.
+        image: (height, width) of the first 4-d input, None without one. Of a model that makes the images' batch itself
+            (detectors, from lists of 3-d images): of the first 4-d tensor that enters a unit with a convolution.
+        batch: size of the batch, likewise.
         writes_input: the model changes its input in place.
         output: shapes of the model's output tensors.
+        trained: the positions in `calls` at which trainable parameters are used, those of `glue` included.
+        sources: for each cuttable unit, the last position of `trained` that what enters it depends on. None of them,
+            and a unit is missing here.
     """
 
     units: tuple[Unit, ...]
@@ -124,6 +128,8 @@ class Profile:
     batch: int
     writes_input: bool
     output: tuple[tuple[int, ...], ...]
+    trained: frozenset[int] = frozenset()
+    sources: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def names(self) -> list[str]:
@@ -142,6 +148,20 @@ class Profile:
     def unit(self, name: str) -> Unit:
         return next(unit for unit in self.units if unit.name == name)
 
+    def trains(self, start: int, end: int) -> bool:
+        """Whether a loss at unit number `end` can train a block that begins at unit number `start`.
+
+        It cannot where nothing that the block computes enters there (they stand side by side), although the block has
+        trainable parameters. The last block, up to the number of units, always can.
+        """
+        if end == len(self.units):
+            return True
+        begin = self.calls.index(start) if start else -1
+        source = self.sources.get(self.units[end].name)
+        if source is not None and source >= begin:
+            return True
+        return not any(begin <= position < self.calls.index(end) for position in self.trained)
+
     @property
     def stages(self) -> list[list[Unit]]:
         """The units by stage, those without a map (after the last one) left out."""
@@ -157,7 +177,7 @@ def profile(
     kwargs: Mapping[str, Any] | None = None,
     *,
     units: Sequence[str] | None = None,
-    inputs: Any = None,
+    assume: bool = False,
 ) -> Profile:
     """Finds the units of a model, and what they cost, by running it once.
 
@@ -165,6 +185,7 @@ def profile(
         model: any module, in the mode (train, eval) in which it is to be profiled. Not changed.
         args, kwargs: a batch, as the model's ``forward`` takes it.
         units: names of sub-modules to take as units instead of looking for them.
+        assume: see `glcan.dryrun.dry_run`.
 
     Raises:
         ConfigError: the model cannot be run on this batch, or has nothing that could be a unit.
@@ -172,7 +193,7 @@ def profile(
     """
     batch = (tuple(args), dict(kwargs or {}))
     try:
-        return dry_run(model, batch, lambda m, b: _profile(m, b[0], b[1], units))
+        return dry_run(model, batch, lambda m, b: _profile(m, b[0], b[1], units), assume=assume)
     except GlcanError:
         raise
     except Exception as error:
@@ -363,6 +384,7 @@ class _Note:
     entering: list[tuple[int, ...]]
     numbers: frozenset[int]
     chained: bool
+    source: int | None
     output: tuple[int, ...] | None = None
 
 
@@ -380,9 +402,13 @@ class _Recorder(Isolation):
         self.last_use: dict[int, int] = {}
         self.users: dict[int, int] = defaultdict(int)
         self.glue: dict[str, set[int]] = defaultdict(set)
+        self.trained: set[int] = set()
+        self.sources: dict[int, int] = {}  # tensor number -> the last clock of `trained` that the tensor depends on
+        self.source: int | None = None  # of what is being made
         self.saved: list[int] = []
         self.flops: list[int] = []
         self.latest: Any = None  # what the latest unit gave
+        self.images: tuple[int, ...] | None = None  # shape of the first 4-d tensor that enters a convolution
 
     def _use(self, value: Any) -> list[Tensor]:
         tensors = _differentiable(value)
@@ -393,16 +419,30 @@ class _Recorder(Isolation):
                 self.users[tag.number] += 1
         return tensors
 
+    def _source(self, tensors: Sequence[Tensor]) -> int | None:
+        tags = [getattr(tensor, _TAG, None) for tensor in tensors]
+        known = [self.sources.get(tag.number) for tag in tags if tag is not None and tag.run is self._run]
+        return max((source for source in known if source is not None), default=None)
+
+    def _train(self) -> None:
+        """Trainable parameters are used now."""
+        self.trained.add(self.clock)
+        self.source = self.clock
+
     def _tag(self, tensor: Tensor, number: int) -> None:
         super()._tag(tensor, number)
         self.made[number] = self.clock
+        if self.source is not None:
+            self.sources[number] = self.source
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not self._inside and getattr(func, "__name__", "") != "__get__":
-            self._use((args, kwargs or {}))
+            self.source = self._source(self._use((args, kwargs or {})))
             for tensor in tensors_in((args, kwargs or {})):
                 if isinstance(tensor, nn.Parameter) and id(tensor) in self.parameter_names:
                     self.glue[self.parameter_names[id(tensor)]].add(self.clock)
+                    if tensor.requires_grad:
+                        self._train()
             self.latest = None
         return super().__torch_function__(func, types, args, kwargs)
 
@@ -414,12 +454,18 @@ class _Recorder(Isolation):
         self.clock += 1
         self.calls.append(name)
         entering = self._use((args, kwargs))
+        self.source = self._source(entering)
         first = name not in self.notes
         if first:
             tags = [getattr(t, _TAG, None) for t in entering]
             numbers = frozenset(tag.number for tag in tags if tag is not None and tag.run is self._run)
-            self.notes[name] = _Note(self.clock, [tuple(t.shape) for t in entering], numbers, chained)
+            self.notes[name] = _Note(self.clock, [tuple(t.shape) for t in entering], numbers, chained, self.source)
+            if self.images is None and any(len(p.shape) == 4 for p in self.modules[name].parameters()):
+                shapes = (tuple(t.shape) for t in tensors_in((args, kwargs)))
+                self.images = next((shape for shape in shapes if len(shape) == 4), None)
         del entering
+        if any(p.requires_grad for p in self.modules[name].parameters()):
+            self._train()
         out = super()._call(name, forward, args, kwargs)
         if first:
             with self._suspended():  # looking at a tensor is no use of it
@@ -443,10 +489,12 @@ class _Recorder(Isolation):
         missing = [name for name in self.modules if name not in self.notes]
         if missing:
             raise CutError(f"The units {missing} are never called by {type(self.model).__name__}; leave them out.")
-        images = [t for t in tensors_in((args, kwargs)) if t.dim() == 4]
-        image = (int(images[0].shape[-2]), int(images[0].shape[-1])) if images else None
-        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim()]
-        batch = int(inputs[0].shape[0]) if inputs else 1
+        inputs = [tuple(t.shape) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim()]
+        images: tuple[int, ...] | None = next((shape for shape in inputs if len(shape) == 4), None)
+        if images is None and self.images is not None:
+            images, inputs = self.images, [self.images]
+        image = (int(images[-2]), int(images[-1])) if images is not None else None
+        batch = int(inputs[0][0]) if inputs else 1
         saved: dict[str, int] = defaultdict(int)
         flops: dict[str, int] = defaultdict(int)
         for i, name in enumerate(self.calls):
@@ -497,6 +545,8 @@ class _Recorder(Isolation):
             batch=batch,
             writes_input=writes,
             output=tuple(tuple(t.shape) for t in tensors_in(output)),
+            trained=frozenset(self.trained),
+            sources={name: source for name in crossing if (source := self.notes[name].source) is not None},
         )
 
 

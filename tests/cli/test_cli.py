@@ -91,7 +91,7 @@ def test_options_of_every_kind(glcan, tmp_path):
         (["--model", "cifar_resnet2"], "Unknown model 'cifar_resnet2'. Did you mean"),
         (["--data", "digit"], "Unknown data set 'digit'. Did you mean 'digits'"),
         (["--lr", "-1", "--epochs", "0"], "lr = -1.0: should be greater than 0; set --lr"),
-        (["poetry"], "task = 'poetry': should be 'classification' or 'super-resolution'; set TASK"),
+        (["poetry"], "task = 'poetry': should be 'classification', 'super-resolution' or 'detection'; set TASK"),
         (["--blocks", "1000"], "1000"),
         (["--cuts", "layer3.0,layer2.0"], "order"),
         (["--cuts", "layer9"], "layer9"),

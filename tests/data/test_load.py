@@ -11,7 +11,7 @@ import pytest
 import torch
 import torchvision.datasets as tv
 
-from glcan.data import available, load
+from glcan.data import DETECTION, available, load
 from glcan.data.photographs import PHOTOGRAPHS
 from glcan.data.sets import SETS
 from glcan.errors import ConfigError, DataError, UnknownName
@@ -230,7 +230,7 @@ def test_image_size_out_of_range():
 
 def test_available_lists_every_data_set():
     infos = {info.name: info for info in available()}
-    assert list(infos) == [*SETS, "imagefolder", *PHOTOGRAPHS]
+    assert list(infos) == [*SETS, "imagefolder", *PHOTOGRAPHS, *DETECTION]
     assert infos["digits"].found is not None
     assert infos["cifar10"].found is None
     assert all(info.remedy for info in infos.values())

@@ -10,7 +10,6 @@ import pytest
 import torch
 from PIL import Image
 
-from glcan import data
 from glcan.bicubic import shrink_pixels
 from glcan.data import available, load, load_pairs, photographs
 from glcan.errors import ConfigError, DataError, UnknownName
@@ -245,6 +244,8 @@ def test_single_photograph_cannot_be_divided(write):
 def test_names_of_other_tasks_and_unknown_ones():
     with pytest.raises(ConfigError, match="'cifar10' is for classification"):
         load_pairs("cifar10")
+    with pytest.raises(ConfigError, match="'coco' is for detection"):
+        load_pairs("coco")
     with pytest.raises(ConfigError, match="'div2k' is for super-resolution"):
         load("div2k")
     with pytest.raises(UnknownName, match="'div2k'"):
@@ -254,5 +255,6 @@ def test_names_of_other_tasks_and_unknown_ones():
 
 
 def test_data_sets_say_their_task():
-    assert {info.task for info in available()} == {"classification", "super-resolution"}
-    assert data.available()[-1].task == "super-resolution"
+    assert {info.task for info in available()} == {"classification", "super-resolution", "detection"}
+    tasks = {info.name: info.task for info in available()}
+    assert (tasks["div2k"], tasks["scenes"], tasks["digits"]) == ("super-resolution", "detection", "classification")

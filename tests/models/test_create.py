@@ -99,7 +99,7 @@ def test_torchvision_model_without_a_convolution_on_the_image_names_the_reason()
         ("torchvision/resnet5", "torchvision/resnet50"),
         ("torchvison/resnet50", "torchvision/resnet50"),
         ("timm/vit_smal_patch16_224", "timm/vit_small_patch16_224"),
-        ("torchvision/retinanet_resnet50_fpn", "classification"),
+        ("torchvision/maskrcnn_resnet50_fpn", "classifiers and box detectors"),
     ],
 )
 def test_unknown_model_lists_near_names(name, near):

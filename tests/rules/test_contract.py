@@ -21,7 +21,7 @@ from glcan.rules import RULES
 from glcan.rules import create as create_rule
 from glcan.tasks import TASKS
 
-FAMILIES: dict[str, Callable[[], nn.Module]] = {
+CLASSIFIERS: dict[str, Callable[[], nn.Module]] = {
     "cifar_resnet": lambda: create("cifar_resnet20", num_classes=10),
     "vit": lambda: zoo.timm("vit_tiny_patch16_224", img_size=32, patch_size=4, num_classes=10, depth=4, embed_dim=48),
     "swin": lambda: zoo.timm(
@@ -38,6 +38,21 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
         "convnext_atto", num_classes=10, depths=(1, 1, 2, 1), dims=(16, 24, 32, 48), drop_path_rate=0.1
     ),
 }
+
+DETECTORS: dict[str, Callable[[], nn.Module]] = {
+    name: partial(create, name, num_classes=4, image_size=64, width=8, channels=32)
+    for name in ("retinanet_small", "fcos_small")
+}
+
+UPSCALERS: dict[str, Callable[[], nn.Module]] = {
+    "edsr": lambda: create("edsr_baseline", scale=2, blocks=6, channels=8),
+    "swinir": lambda: create(
+        "spandrel/SwinIR-light", scale=2, depths=(1,) * 6, num_heads=(2,) * 6, embed_dim=8, drop_path_rate=0.0
+    ),
+}
+
+# task -> the models that it is tried with
+FAMILIES = {"classification": CLASSIFIERS, "super-resolution": UPSCALERS, "detection": DETECTORS}
 
 # rule -> the options that it is tried with
 OPTIONS: dict[str, list[dict[str, Any]]] = {
@@ -65,17 +80,19 @@ def super_resolution_batch() -> tuple[Tensor, Tensor]:
     return torch.rand(2, 3, 16, 16, generator=generator), torch.rand(2, 3, 32, 32, generator=generator)
 
 
+def detection_batch() -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    generator = torch.Generator().manual_seed(3)
+    boxes = torch.tensor([[4.0, 4.0, 40.0, 44.0], [20.0, 2.0, 60.0, 30.0]])
+    return [torch.rand(3, 64, 64, generator=generator) for _ in range(4)], [
+        {"boxes": boxes[: i % 3], "labels": torch.tensor([1, 3])[: i % 3]} for i in range(4)
+    ]
+
+
 SAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
     "classification": classification_batch,
     "super-resolution": super_resolution_batch,
+    "detection": detection_batch,
 }
-UPSCALERS: dict[str, Callable[[], nn.Module]] = {
-    "edsr": lambda: create("edsr_baseline", scale=2, blocks=6, channels=8),
-    "swinir": lambda: create(
-        "spandrel/SwinIR-light", scale=2, depths=(1,) * 6, num_heads=(2,) * 6, embed_dim=8, drop_path_rate=0.0
-    ),
-}
-MODELS = {"classification": FAMILIES, "super-resolution": UPSCALERS}
 
 SETTINGS = [
     pytest.param(
@@ -89,13 +106,13 @@ SETTINGS = [
     for options in OPTIONS.get(rule, [{}])
     for task in SAMPLES
     if task in RULES[rule].tasks and (task == "classification" or "unit" not in options)
-    for family in MODELS[task]
+    for family in FAMILIES[task]
 ]
 
 
 def learner(rule: str, options: dict[str, Any], task: str, family: str, **more: Any) -> LocalLearner:
     torch.manual_seed(0)
-    model = MODELS[task][family]().train()
+    model = FAMILIES[task][family]().train()
     blocks = {"blocks": 4} if RULES[rule].local else {}
     settings = {"optimizer": partial(AdamW, lr=1e-3)} | blocks | more
     return LocalLearner(model, task, SAMPLES[task](), rule=rule, rule_options=options, **settings)
@@ -103,7 +120,7 @@ def learner(rule: str, options: dict[str, Any], task: str, family: str, **more: 
 
 def test_the_table_is_complete() -> None:
     assert set(OPTIONS) == set(RULES) == set(methods())
-    assert set(SAMPLES) == set(TASKS)
+    assert set(SAMPLES) == set(FAMILIES) == set(TASKS)
     for rule in RULES.values():
         assert rule.summary
         assert set(rule.tasks) <= set(TASKS)
@@ -155,7 +172,7 @@ def test_a_rule_keeps_its_contract(rule: str, options: dict[str, Any], task: str
 @pytest.mark.parametrize("rule", [name for name in RULES if RULES[name].local])
 def test_a_user_frozen_backbone_still_trains_its_auxiliary_networks(rule: str) -> None:
     torch.manual_seed(0)
-    model = FAMILIES["cifar_resnet"]().train()
+    model = CLASSIFIERS["cifar_resnet"]().train()
     for module in list(model.children())[:2]:
         module.requires_grad_(False)
     mine = LocalLearner(model, sample=classification_batch(), blocks=3, rule=rule, optimizer=partial(AdamW, lr=1e-3))

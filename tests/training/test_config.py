@@ -26,13 +26,20 @@ from glcan.training.schedule import learning_rate
         ({"weightdecay": 1}, r"weightdecay = 1: there is no such setting; did you mean weight_decay\?"),
         ({"zzz": 1}, "there is no such setting; the settings are: model, "),
         ({"rule_options": "momentum"}, "rule_options = 'momentum': should be a valid dictionary; set --rule-option "),
-        ({"task": "poetry"}, "task = 'poetry': should be 'classification' or 'super-resolution'; set TASK"),
+        (
+            {"task": "poetry"},
+            "task = 'poetry': should be 'classification', 'super-resolution' or 'detection'; set TASK",
+        ),
         ({"momentum": 0}, "nesterov = true needs momentum above 0; set --momentum 0.9 or --no-nesterov"),
         ({"epochs": 3, "warmup_epochs": 5}, "warmup_epochs = 5 must be less than epochs = 3"),
         ({"scale": 3}, "scale = 3 is for super-resolution, not for classification; leave --scale out"),
-        ({"task": "super-resolution", "image_size": 32}, "image_size = 32 is for classification"),
+        ({"task": "super-resolution", "image_size": 32}, "image_size = 32 is for classification and detection"),
         ({"task": "super-resolution", "scale": 5}, "scale = 5: should be less than or equal to 4"),
-        ({"milestones": [0.5]}, r"milestones = \[0.5\] need schedule = 'halving'"),
+        ({"milestones": [0.5]}, r"milestones = \[0.5\] need schedule = 'halving' or 'tenths'"),
+        (
+            {"task": "detection", "label_smoothing": 0.1},
+            "label_smoothing = 0.1 is for classification, not for detection",
+        ),
         ({"schedule": "halving", "milestones": [0.5, 0.4]}, "each larger than the one before; set --milestones"),
         ({"schedule": "halving", "milestones": [1.0]}, "must be fractions between 0 and 1"),
         ({"blocks": 4, "cuts": ["a"]}, "blocks = 4 contradicts 1 cuts, which make 2 blocks"),
@@ -74,7 +81,7 @@ def test_recipes(name):
     text = (recipe_folder() / f"{name}.toml").read_text()
     assert "Source" in text
     assert all("#" in line for line in text.splitlines() if line.startswith(("epochs", "batch", "lr", "warmup")))
-    assert config.rule == "glcan"
+    assert config.rule == ("e2e" if config.task == "detection" else "glcan")
     assert load_recipe(name, epochs=200).epochs == 200
 
 
@@ -82,6 +89,7 @@ def test_the_recipes_that_the_field_compares_on():
     expected = {f"{data}-resnet{depth}" for data in ("cifar10", "svhn", "stl10") for depth in (32, 110)}
     expected |= {"div2k-edsr-baseline-x2", "div2k-swinir-light-x2"}
     expected |= {f"imagenet-resnet{depth}" for depth in (50, 101, 152)} | {"fashion-mnist-resnet32", "digits-resnet20"}
+    expected |= {"coco-retinanet-r50"}
     assert expected == set(recipe_names())
     cifar, stl = load_recipe("cifar10-resnet32"), load_recipe("stl10-resnet110")
     assert (cifar.lr, cifar.batch, cifar.weight_decay, cifar.epochs, cifar.nesterov) == (0.8, 1024, 1e-4, 400, True)

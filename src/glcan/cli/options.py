@@ -17,7 +17,10 @@ from glcan.training import RunConfig, RunDirectory, read_recipe
 from glcan.training.config import flag
 
 Task = Annotated[
-    str, typer.Argument(help="What is learned: classification, super-resolution.", metavar="TASK", show_default=True)
+    str,
+    typer.Argument(
+        help="What is learned: classification, super-resolution, detection.", metavar="TASK", show_default=True
+    ),
 ]
 Recipe = Annotated[
     str | None, typer.Option(help="Settings to start from: the name of a recipe that comes with glcan, or PATH.toml.")

@@ -25,7 +25,8 @@ def plan(
         str | None,
         typer.Option(
             metavar="HxW",
-            help="Image size in pixels. [default: 224x224; CIFAR ResNets 32x32; super-resolution 48x48, small images]",
+            help="Image size in pixels. [default: 224x224; CIFAR ResNets 32x32; super-resolution 48x48, small images; "
+            "detectors 800x1088, small ones 160x160]",
         ),
     ] = None,
     scale: Annotated[int | None, typer.Option(help="Factor of super-resolution: 2, 3 or 4. [default: 2]")] = None,
@@ -76,20 +77,22 @@ def plan(
     if precision not in ("fp32", "bf16"):
         raise ConfigError(f"--precision is {precision!r}; it must be fp32 or bf16.")
     limit = None if memory is None else parse_bytes(memory)
-    enlarging = task == tasks.SuperResolution.name
+    enlarging, detecting = task == tasks.SuperResolution.name, models.is_detector(model)
     if scale is not None and not enlarging:
         raise ConfigError(f"--scale {scale} is for super-resolution, not for {task}; leave it out.")
-    usual = "48x48" if enlarging else "32x32" if model.startswith("cifar_") else "224x224"
-    size = _image(image or usual)
+    size = _image(image or ("48x48" if enlarging else _usual(model)))
     side = size[0] if size[0] == size[1] else None
     the_task = tasks.SuperResolution(scale=scale or 2) if enlarging else tasks.create(task)
+    options = pairs("--model-option", model_options)
+    if detecting and not options.keys() & {"min_size", "max_size"}:
+        options |= {"min_size": min(size), "max_size": max(size)}  # the images are of that size already
     network = models.create(
         model,
-        num_classes=classes,
+        num_classes=classes + 1 if classes is not None and detecting else classes,  # the background is a class there
         in_channels=channels,
         image_size=side,
         scale=the_task.scale if isinstance(the_task, tasks.SuperResolution) else None,
-        **pairs("--model-option", model_options),
+        **options,
     )
     common: dict[str, Any] = {
         "rule": rule,
@@ -164,6 +167,15 @@ def _autocast(precision: str) -> Any:
     import torch
 
     return torch.bfloat16 if precision == "bf16" else None
+
+
+def _usual(model: str) -> str:
+    """The image size that a classifier or detector is planned for by default."""
+    from glcan import models
+
+    if models.is_detector(model):
+        return "160x160" if model.endswith("_small") else "800x1088"
+    return "32x32" if model.startswith("cifar_") else "224x224"
 
 
 def _image(text: str) -> tuple[int, int]:

@@ -18,6 +18,13 @@ if TYPE_CHECKING:
 
 _BATCH = 64
 _TILE = 256
+_MIN_SCORE = 0.5
+#: What each task has a use for.
+_OPTIONS = {
+    "classification": {"--top"},
+    "super-resolution": {"--out", "--truth", "--tile", "--overlap"},
+    "detection": {"--out", "--min-score"},
+}
 
 
 def predict(
@@ -28,7 +35,13 @@ def predict(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Super-resolution: folder for the enlarged images; default: RUN/predictions."),
+        typer.Option(
+            help="Super-resolution and detection: folder for the images that are written; default: RUN/predictions."
+        ),
+    ] = None,
+    min_score: Annotated[
+        float | None,
+        typer.Option(help=f"Detection: leave out objects of a lower score; default: {_MIN_SCORE}.", min=0, max=1),
     ] = None,
     truth: Annotated[
         Path | None,
@@ -48,21 +61,32 @@ def predict(
     device: Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda, ...")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of a table.")] = False,
 ) -> None:
-    """Classify image files with a trained model, prepared as in the run's evaluation; or enlarge them.
+    """Classify image files with a trained model, prepared as in the run's evaluation; enlarge them; or find objects.
 
     Enlarged images are written as PNG, each with a crop of it beside bicubic enlargement (and the truth, with --truth).
+    Detection writes each image with labelled boxes, and predictions.json beside them.
     """
     from glcan.errors import ConfigError
     from glcan.training import RunDirectory, load_model, resolve_device
 
     summary = RunDirectory(run).read_summary()
-    enlarging = {"--out": out, "--truth": truth, "--tile": tile, "--overlap": overlap}
-    foreign = {"--top": top} if summary.config.task == "super-resolution" else enlarging
-    for option, value in foreign.items():
-        if value is not None:
+    options = {
+        "--top": top,
+        "--out": out,
+        "--min-score": min_score,
+        "--truth": truth,
+        "--tile": tile,
+        "--overlap": overlap,
+    }
+    for option, value in options.items():
+        if value is not None and option not in _OPTIONS[summary.config.task]:
             raise ConfigError(f"{option} is not for the run's task {summary.config.task!r}. Leave it out.")
     place = resolve_device(device)
     model = load_model(run).to(place)
+    if summary.config.task == "detection":
+        score = _MIN_SCORE if min_score is None else min_score
+        _detect(summary, model, files, out or run / "predictions", score, run, as_json)
+        return
     if summary.config.task == "super-resolution":
         found = _enlarge(
             summary, model, files, out or run / "predictions", truth, _TILE if tile is None else tile, overlap
@@ -105,6 +129,41 @@ def _classify(
             ]
             predictions.append({"file": str(file), "classes": classes})
     return predictions
+
+
+def _detect(
+    summary: Summary, model: nn.Module, files: list[Path], out: Path, min_score: float, run: Path, as_json: bool
+) -> None:
+    """Finds objects; writes images with boxes and one JSON file of all of them to `out`."""
+    from glcan.errors import RunError
+    from glcan.report.boxes import describe_boxes, draw_boxes
+    from glcan.training.detection import detect_files
+
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{out} cannot be made ({error.strerror}). Choose another --out.") from None
+    classes = summary.classes
+    predictions: list[dict[str, Any]] = []
+    pictures: set[str] = set()
+    for file, pixels, prediction in detect_files(model, files):
+        name = f"{Path(file).stem}.png"
+        if name in pictures:  # of another folder, or another format
+            name = f"{Path(file).stem}-{len(predictions) + 1}.png"
+        pictures.add(name)
+        draw_boxes(pixels, prediction, classes, min_score=min_score).save(out / name)
+        objects = describe_boxes(prediction, classes, min_score=min_score)
+        predictions.append({"file": str(file), "picture": str(out / name), "objects": objects})
+    result = json.dumps({"run": str(run), "min_score": min_score, "predictions": predictions}, indent=2)
+    (out / "predictions.json").write_text(result + "\n", encoding="utf-8")
+    if as_json:
+        typer.echo(result)
+        return
+    table = Table("file", "objects", "picture")
+    for entry in predictions:
+        found = ", ".join(f"{o['class']} ({100 * o['score']:.0f} %)" for o in entry["objects"])
+        table.add_row(entry["file"], found or "none", entry["picture"])
+    Console().print(table)
 
 
 def _enlarge(

@@ -5,23 +5,30 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from glcan.data.detection import DetectionData
 from glcan.data.images import ImageData, Loader
 from glcan.data.preprocessing import read_image, read_images
 from glcan.data.super_resolution import CROPS, SCALES, Pair, PairData
 from glcan.errors import ConfigError, DataError, UnknownName
 
 __all__ = [
+    "DETECTION",
     "DatasetInfo",
+    "DetectionData",
     "ImageData",
     "Loader",
     "Pair",
     "PairData",
     "available",
     "load",
+    "load_detection",
     "load_pairs",
     "read_image",
     "read_images",
 ]
+
+#: The data sets of `load_detection`.
+DETECTION = ("scenes", "coco", "voc")
 
 
 @dataclass(frozen=True)
@@ -94,6 +101,8 @@ def load(
         return FolderImages(
             place, size=image_size or 224, seed=seed, val=val, limit=limit, skip_corrupt=skip_corrupt, verify=verify
         )
+    if name in DETECTION:
+        raise ConfigError(f"The data set {name!r} is one for detection; choose that task, or use load_detection().")
     if name not in SETS:
         from glcan.data.photographs import PHOTOGRAPHS
 
@@ -157,10 +166,10 @@ def load_pairs(
     if scale not in SCALES:
         raise ConfigError(f"scale={scale} of the data set {name!r}: it must be one of {', '.join(map(str, SCALES))}.")
     if name not in PHOTOGRAPHS:
-        if name in SETS or name == "imagefolder":
+        if name in SETS or name in ("imagefolder", *DETECTION):
+            task = "detection" if name in DETECTION else "classification"
             raise ConfigError(
-                f"The data set {name!r} is for classification; super-resolution needs photographs: "
-                f"{', '.join(PHOTOGRAPHS)}."
+                f"The data set {name!r} is for {task}; super-resolution needs photographs: {', '.join(PHOTOGRAPHS)}."
             )
         raise UnknownName(
             "data set", name, PHOTOGRAPHS, "For photographs of your own: photofolder with --data-root FOLDER."
@@ -171,6 +180,73 @@ def load_pairs(
     if val:
         sources.pop("val", None)
     return PairData(name, sources, scale=scale, patch=patch, crops=crops, seed=seed, val=val, limit=limit)
+
+
+def load_detection(
+    name: str,
+    *,
+    root: str | Path | None = None,
+    seed: int = 0,
+    val: int | float = 0,
+    limit: int | None = None,
+    skip_corrupt: bool = False,
+    image_size: int | None = None,
+    verify: bool = True,
+) -> DetectionData:
+    """Loads a data set for detection.
+
+    Args:
+        name: "scenes", "coco" or "voc".
+        root: its folder; by default the usual places (docs/tasks/detection.md). Of the scenes: that of Fashion-MNIST.
+        image_size: pixels of the shorter side that the model is to resize images to; the side of the scenes.
+        verify: read every image file once now, so that a damaged one does not end the training.
+        For the others see `load`.
+
+    Raises:
+        UnknownName: no such data set.
+        DataError: it is not there or damaged.
+        ConfigError: an argument out of range.
+    """
+    if image_size is not None and image_size < 1:
+        raise ConfigError(f"image_size={image_size} of the data set {name!r}: it must be at least 1 pixel.")
+    place = None if root is None else Path(root).expanduser()
+    if name == "scenes":
+        from glcan.data.scenes import SIDE, Scenes
+
+        return Scenes(size=image_size or SIDE, root=place, seed=seed, val=val, limit=limit)
+    if name not in DETECTION:
+        raise UnknownName("data set for detection", name, DETECTION, "For data of your own use COCO's or VOC's layout.")
+    from glcan.data.coco import CocoDetection
+    from glcan.data.voc import VocDetection
+
+    place = place or _detection_folder(name)
+    if place is None:
+        looked = ", ".join(map(str, _usual_places(name)))
+        raise DataError(f"The data set {name!r} is not there; looked in: {looked}. Give its folder with --data-root.")
+    kind = CocoDetection if name == "coco" else VocDetection
+    return kind(
+        place,
+        image_size=image_size,
+        seed=seed,
+        val=val,
+        limit=limit,
+        skip_corrupt=skip_corrupt,
+        verify=verify,
+    )
+
+
+def _usual_places(name: str) -> list[Path]:
+    from glcan.data.sets import cache
+
+    return [cache() / name, Path("data") / name]
+
+
+def _detection_folder(name: str, root: Path | None = None) -> Path | None:
+    from glcan.data.coco import find_coco
+    from glcan.data.voc import find_voc
+
+    find = find_coco if name == "coco" else find_voc
+    return next((place for place in ([root] if root else _usual_places(name)) if find(place)), None)
 
 
 def available(root: str | Path | None = None) -> list[DatasetInfo]:
@@ -186,7 +262,31 @@ def available(root: str | Path | None = None) -> list[DatasetInfo]:
     title = "image files of your own, one folder per class (ImageNet layout)"
     remedy = "Give the folder with --data-root: ROOT/train/CLASS/*.jpg with ROOT/val or ROOT/test, or ROOT/CLASS/*.jpg."
     infos.append(DatasetInfo("imagefolder", title, None, None, None, None, None, remedy))
-    return infos + [
+    infos += [
         DatasetInfo(name, p.title, p.find(place), None, None, p.train, p.test, p.remedy, "super-resolution")
         for name, p in PHOTOGRAPHS.items()
+    ]
+    return infos + _detection_infos(place)
+
+
+def _detection_infos(root: Path | None) -> list[DatasetInfo]:
+    from glcan.data.scenes import SIDE, TEST, TRAIN, kinds, photograph_folder
+
+    classes, objects = kinds()
+    embedded = DatasetInfo(
+        name="scenes",
+        title=f"{objects} pasted on photographs",
+        found=photograph_folder(),
+        classes=len(classes),
+        shape=(3, SIDE, SIDE),
+        train=TRAIN,
+        test=TEST,
+        remedy="It is made from what comes with scikit-image and scikit-learn: pip install scikit-image scikit-learn.",
+        task="detection",
+    )
+    remedy = "Give its folder with --data-root (layouts: docs/tasks/detection.md)."
+    layouts = {"coco": "COCO's layout", "voc": "Pascal VOC's layout"}
+    return [embedded] + [
+        DatasetInfo(name, title, _detection_folder(name, root), None, None, None, None, remedy, "detection")
+        for name, title in layouts.items()
     ]

@@ -7,6 +7,7 @@
 | `timm/NAME` | `timm.create_model(NAME)`, random weights |
 | `edsr_baseline`, `edsr` | super-resolution (Lim et al. 2017), see `glcan.models.edsr` |
 | `spandrel/NAME` | super-resolution: RCAN, SwinIR, HAT and others, random weights, see `glcan.models.spandrel` |
+| `torchvision/retinanet_...`, `retinanet_resnet18_fpn`, `fcos_small`, ... | detectors, see `glcan.models.detection` |
 | `package.module:factory` | what the user's `factory(...)` returns |
 
 Nothing is ever downloaded. torchvision, timm and spandrel are imported only when one of their models is asked for.
@@ -27,9 +28,10 @@ from torch import nn
 from glcan.errors import ConfigError, UnknownName
 from glcan.models import spandrel
 from glcan.models.cifar_resnet import DEPTHS, CifarResNet
+from glcan.models.detection import create_detector, detector_names, is_detector
 from glcan.models.edsr import EDSR
 
-__all__ = ["create", "names"]
+__all__ = ["create", "detector_names", "is_detector", "names"]
 
 _CIFAR = {f"cifar_resnet{depth}": depth for depth in DEPTHS}
 _EDSR: dict[str, dict[str, Any]] = {
@@ -54,7 +56,8 @@ def create(
             with the current directory importable. The factory is called with those of `num_classes`, `in_channels`,
             `image_size` and `scale` that its signature names (a `**kwargs` gets `num_classes` and `scale`, and
             `in_channels` when it is not 3) and with all `options`.
-        num_classes: outputs of the classifier; None leaves the model's own default.
+        num_classes: outputs of the classifier, of a detector the background included; None leaves the model's own
+            default.
         in_channels: channels C of the images [B, C, H, W]. torchvision's models are made for 3: for another number the
             first convolution is replaced by one whose outputs have the same variance.
         image_size: H = W in pixels, for models that need to know it (ViT, Swin, MaxViT, ...); others ignore it.
@@ -80,12 +83,14 @@ def create(
             f"The model {name!r} classifies images; super-resolution (scale={scale}) needs a model such as "
             "'edsr_baseline' or 'spandrel/SwinIR-light'."
         )
+    if is_detector(name):
+        return create_detector(name, num_classes=num_classes, in_channels=in_channels, image_size=image_size, **options)
     if name.startswith("torchvision/"):
         return _torchvision(name, num_classes, in_channels, image_size, options)
     if name.startswith("timm/"):
         return _timm(name, num_classes, in_channels, image_size, options)
     if name not in _CIFAR:
-        known = names()
+        known = [*names(), *detector_names()]
         same = [full for full in known if full.endswith(f"/{name}")]
         hint = f"Write {' or '.join(same)}." if same else "For a model of your own write package.module:factory."
         raise UnknownName("model", name, same or known, hint)
@@ -131,7 +136,8 @@ def _torchvision(
 
     short = name.removeprefix("torchvision/")
     if f"torchvision/{short}" not in _torchvision_names():
-        raise UnknownName("model", name, _torchvision_names(), "Only torchvision's models for classification.")
+        known = [*_torchvision_names(), *detector_names()]
+        raise UnknownName("model", name, known, "Only torchvision's classifiers and box detectors.")
     given: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     if image_size is not None and short.startswith("vit_"):
         given["image_size"] = image_size

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor
 
 from glcan import rules
 from glcan.errors import ConfigError, RunError
@@ -26,6 +25,7 @@ from glcan.training import RunConfig, Summary, build, environment, load_data, re
 from glcan.training.checkpoint import write_atomically
 from glcan.training.evaluation import MEASURES
 from glcan.training.run import write_json
+from glcan.training.trainer import to_device
 
 REQUEST = "request.json"
 RESULT = "comparison.json"
@@ -227,7 +227,7 @@ def _costs(configs: dict[Method, RunConfig]) -> tuple[dict[str, StepCost], dict[
     data = load_data(next(iter(configs.values())))
     costs: dict[str, StepCost] = {}
     learners: dict[str, LocalLearner] = {}
-    batch: tuple[Tensor, ...] = ()
+    batch: tuple[Any, ...] = ()
     for method, config in configs.items():
         learner = build(config, data)
         batch = _batch(config, learner, next(iter(data.loader("train", config.batch))))
@@ -241,11 +241,10 @@ def _costs(configs: dict[Method, RunConfig]) -> tuple[dict[str, StepCost], dict[
     return costs, time_steps(learners, batch), len(batch[0])
 
 
-def _batch(config: RunConfig, learner: LocalLearner, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Images and labels as the trainer gives them to this learner."""
+def _batch(config: RunConfig, learner: LocalLearner, batch: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A batch as the trainer gives it to this learner."""
     device = next(learner.model.parameters()).device
-    layout = torch.channels_last if config.channels_last else torch.contiguous_format
-    return batch[0].to(device, memory_format=layout), batch[1].to(device)
+    return to_device(batch, device, torch.channels_last if config.channels_last else torch.contiguous_format)
 
 
 def _result(

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from glcan.isolation import tensors_in
 
 if TYPE_CHECKING:
     from glcan.learner import LocalLearner
@@ -18,7 +20,7 @@ MIN_ROUNDS, MAX_ROUNDS = 7, 41
 TIMING_SECONDS = 60.0
 
 
-def time_steps(learners: Mapping[str, LocalLearner], batch: tuple[Tensor, ...]) -> dict[str, list[float]]:
+def time_steps(learners: Mapping[str, LocalLearner], batch: tuple[Any, ...]) -> dict[str, list[float]]:
     """Seconds of ``learner.step(*batch)``, every learner once in each round: A B C, A B C, ...
 
     What else the machine does, and how warm it runs, then meets all methods alike. The number of rounds follows from
@@ -47,7 +49,7 @@ def weights_sha256(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _time(learner: LocalLearner, batch: tuple[Tensor, ...]) -> float:
+def _time(learner: LocalLearner, batch: tuple[Any, ...]) -> float:
     _synchronize(batch)
     start = time.perf_counter()
     learner.step(*batch)
@@ -55,7 +57,7 @@ def _time(learner: LocalLearner, batch: tuple[Tensor, ...]) -> float:
     return time.perf_counter() - start
 
 
-def _synchronize(batch: tuple[Tensor, ...]) -> None:
-    device = batch[0].device
+def _synchronize(batch: tuple[Any, ...]) -> None:
+    device = next(tensors_in(batch)).device
     if device.type != "cpu":
         getattr(torch, device.type).synchronize()

@@ -16,6 +16,8 @@ class Task(ABC):
     """
 
     name: ClassVar[str]
+    assumes: ClassVar[bool] = False
+    """Whether dry runs may assume values that decide something; see `glcan.dryrun.dry_run`."""
 
     def arguments(self, batch: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The model's positional and keyword arguments; by default the first item of the batch."""

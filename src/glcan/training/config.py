@@ -32,12 +32,23 @@ TASK_DEFAULTS: dict[str, dict[str, Any]] = {
         "lr": 1e-3,
         "weight_decay": 0.0,
     },
+    "detection": {
+        "model": "fcos_small",
+        "data": "scenes",
+        "rule": "e2e",  # until a local rule serves detection
+        "batch": 8,
+        "optimizer": "adamw",
+        "lr": 1e-3,
+        "weight_decay": 1e-2,
+        "clip_norm": 5.0,
+    },
 }
 
-#: Fields that one task alone has a use for.
+#: Fields that some tasks have no use for, under each task that has one.
 TASK_FIELDS: dict[str, tuple[str, ...]] = {
     "classification": ("image_size", "download", "label_smoothing"),
     "super-resolution": ("scale", "patch", "crops", "criterion"),
+    "detection": ("image_size",),
 }
 
 #: Blocks of a rule when neither blocks nor cuts are given; the baselines train in one.
@@ -53,12 +64,12 @@ class RunConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     model: str = "cifar_resnet20"
-    """Model: a glcan name (cifar_resnet32, edsr_baseline), torchvision/NAME, timm/NAME, spandrel/NAME, or
+    """Model: a glcan name (cifar_resnet32, edsr_baseline, fcos_small), torchvision/NAME, timm/NAME, spandrel/NAME, or
     package.module:factory for your own."""
     model_options: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments for the model's constructor."""
-    task: Literal["classification", "super-resolution"] = "classification"
-    """What is learned. Super-resolution has some defaults of its own: `TASK_DEFAULTS`."""
+    task: Literal["classification", "super-resolution", "detection"] = "classification"
+    """What is learned. Super-resolution and detection have some defaults of their own: `TASK_DEFAULTS`."""
 
     data: str = "digits"
     """Data set: a name that `glcan data` lists; for images of your own, with --data-root: imagefolder (photofolder for
@@ -66,7 +77,8 @@ class RunConfig(BaseModel):
     data_root: Path | None = None
     """Folder that holds the data set; default: where `glcan data` finds it."""
     image_size: int | None = Field(default=None, ge=1)
-    """Side length of the images that the model gets, in pixels; default: the data set's (`glcan data`)."""
+    """Side length of the images that the model gets, in pixels; of detection, the shorter side to which the model
+    resizes; default: the data set's (`glcan data`)."""
     scale: int = Field(default=2, ge=2, le=4)
     """Factor of super-resolution: 2, 3 or 4."""
     patch: int = Field(default=48, ge=1)
@@ -115,11 +127,12 @@ class RunConfig(BaseModel):
     """Share of the target's probability that is spread over all classes, in every block's loss."""
     criterion: Literal["l1", "charbonnier"] = "l1"
     """Distance to the true image in super-resolution: mean absolute difference, or Charbonnier (epsilon 0.001)."""
-    schedule: Literal["cosine", "onecycle", "halving"] = "cosine"
+    schedule: Literal["cosine", "onecycle", "halving", "tenths"] = "cosine"
     """Learning rate over the steps: cosine to 0 after a linear warm-up, one cycle (lr/25 to lr to lr/250000), or halved
-    at each of the milestones."""
+    or a tenth at each of the milestones."""
     milestones: list[float] | None = None
-    """Where schedule halving halves the learning rate, as increasing fractions of the run; default: 2/3 of it."""
+    """Where schedule halving or tenths lowers the learning rate, as increasing fractions of the run; default: 2/3 for
+    halving, 2/3 and 8/9 for tenths."""
     warmup_epochs: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     """Epochs of rising learning rate; default: one, but at most a tenth of the run; 30 % of the run with onecycle; none
     with halving."""
@@ -176,15 +189,17 @@ class RunConfig(BaseModel):
 
     @model_validator(mode="after")
     def _fits_together(self) -> RunConfig:
-        for task, names in TASK_FIELDS.items():
-            for name in names:
-                value = getattr(self, name)
-                if task != self.task and value != type(self).model_fields[name].default:
-                    raise ConfigError(f"{name} = {value!r} is for {task}, not for {self.task}; leave {flag(name)} out.")
-        if self.milestones is not None and self.schedule != "halving":
+        for name in (name for names in TASK_FIELDS.values() for name in names):
+            tasks = [task for task, names in TASK_FIELDS.items() if name in names]
+            value = getattr(self, name)
+            if self.task not in tasks and value != type(self).model_fields[name].default:
+                raise ConfigError(
+                    f"{name} = {value!r} is for {' and '.join(tasks)}, not for {self.task}; leave {flag(name)} out."
+                )
+        if self.milestones is not None and self.schedule not in ("halving", "tenths"):
             raise ConfigError(
-                f"milestones = {self.milestones} need schedule = 'halving', not {self.schedule!r}; set --schedule "
-                "halving or leave --milestones out."
+                f"milestones = {self.milestones} need schedule = 'halving' or 'tenths', not {self.schedule!r}; set "
+                "--schedule to one of them or leave --milestones out."
             )
         if self.memory is not None:
             parse_bytes(self.memory)

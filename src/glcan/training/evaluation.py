@@ -11,9 +11,10 @@ from torch import nn
 
 from glcan.errors import DataError
 from glcan.training.checkpoint import preserved_rng
+from glcan.training.detection import COCO_METRICS, evaluate_detection
 
 if TYPE_CHECKING:
-    from glcan.data import ImageData, PairData
+    from glcan.data import DetectionData, ImageData, PairData
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ MEASURES: dict[str, Measures] = {
         "bicubic",
         ("ssim_y",),
     ),
+    "detection": Measures("map", dict.fromkeys(COCO_METRICS, "fraction") | {"loss": ""}),
 }
 
 
@@ -53,7 +55,7 @@ def formatted(value: float, unit: str) -> str:
 
 def evaluate(
     model: nn.Module,
-    data: ImageData | PairData,
+    data: ImageData | PairData | DetectionData,
     split: str = "test",
     *,
     batch: int = 256,
@@ -68,7 +70,8 @@ def evaluate(
     The model's training mode and every random generator are left as they were.
 
     Args:
-        model: images [B, C, H, W] to scores [B, number of classes], or to images [B, C, s*H, s*W].
+        model: images [B, C, H, W] to scores [B, number of classes], or to images [B, C, s*H, s*W]; or a detector, see
+            `detect`.
         data: a data set with at least one image in ``split``.
         split: "train", "val" or "test".
         batch: images at a time.
@@ -81,13 +84,17 @@ def evaluate(
     Returns:
         What `MEASURES` says of the task. Classification: ``accuracy`` and, with more than 5 classes, ``accuracy_top5``,
         as fractions; ``loss``, the mean cross-entropy in nats. Super-resolution: see `evaluate_pairs`, and
-        ``bicubic_...`` of the bicubic enlargement.
+        ``bicubic_...`` of the bicubic enlargement. Detection: see `coco_metrics`.
 
     Raises:
         DataError: the split is empty.
     """
-    from glcan.data import PairData
+    from glcan.data import DetectionData, PairData
 
+    if isinstance(data, DetectionData):
+        return evaluate_detection(
+            model, data, split, batch=batch, autocast=autocast, workers=workers, each_batch=each_batch
+        )
     if isinstance(data, PairData):
         from glcan.training.image_quality import bicubic_of, evaluate_pairs
 
@@ -96,7 +103,6 @@ def evaluate(
                 model, data, split, autocast=autocast, channels_last=channels_last, tile=tile, each_image=each_batch
             )
         return metrics | {f"bicubic_{name}": value for name, value in bicubic_of(data, split).items()}
-
     from torchmetrics import MetricCollection
     from torchmetrics.classification import MulticlassAccuracy
 

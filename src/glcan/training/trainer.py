@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,10 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from glcan.errors import CheckpointError, ConfigError, DataError, GlcanError, NonFiniteLoss, RunError, UnknownName
 from glcan.training import checkpoint
 from glcan.training.config import DEFAULT_BLOCKS, RunConfig
+from glcan.training.detection import check_predictions
 from glcan.training.environment import environment, resolve_device
 from glcan.training.evaluation import MEASURES, evaluate
 from glcan.training.progress import Reporter
@@ -31,7 +33,7 @@ from glcan.training.schedule import learning_rate
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-    from glcan.data import ImageData, PairData
+    from glcan.data import DetectionData, ImageData, PairData
     from glcan.learner import LocalLearner
     from glcan.tasks import Task
 
@@ -66,7 +68,7 @@ def train(config: RunConfig, out: Path, *, resume: bool = False, progress: bool 
             return _Training(config, run, data, learner, surroundings, progress).run_all()
 
 
-def load_data(config: RunConfig) -> ImageData | PairData:
+def load_data(config: RunConfig) -> ImageData | PairData | DetectionData:
     """The data set of a configuration.
 
     Raises:
@@ -74,6 +76,16 @@ def load_data(config: RunConfig) -> ImageData | PairData:
     """
     from glcan import data
 
+    if config.task == "detection":
+        return data.load_detection(
+            config.data,
+            root=config.data_root,
+            seed=config.seed,
+            val=config.val,
+            limit=config.limit,
+            skip_corrupt=config.skip_corrupt,
+            image_size=config.image_size,
+        )
     if config.task == "super-resolution":
         return data.load_pairs(
             config.data,
@@ -98,13 +110,14 @@ def load_data(config: RunConfig) -> ImageData | PairData:
     )
 
 
-def create_model(config: RunConfig, classes: int, shape: tuple[int, int, int]) -> nn.Module:
+def create_model(config: RunConfig, classes: int, shape: tuple[int, int | None, int | None]) -> nn.Module:
     """The model of a configuration, with the initial weights of its seed, on the CPU.
 
     Args:
         config: its ``task``, ``model``, ``model_options``, ``scale`` and ``seed``.
-        classes: number of classes; super-resolution has none and ignores it.
-        shape: channels, height and width of an image; of super-resolution the channels alone matter.
+        classes: number of classes, for detection without the background; super-resolution has none and ignores it.
+        shape: channels, height and width of an image; None for the model's own size. Of super-resolution the channels
+            alone matter.
     """
     from glcan import models
 
@@ -112,29 +125,46 @@ def create_model(config: RunConfig, classes: int, shape: tuple[int, int, int]) -
     if config.task == "super-resolution":
         return models.create(config.model, in_channels=shape[0], scale=config.scale, **config.model_options)
     return models.create(
-        config.model, num_classes=classes, in_channels=shape[0], image_size=shape[1], **config.model_options
+        config.model,
+        num_classes=classes + (config.task == "detection"),  # the background is a class there
+        in_channels=shape[0],
+        image_size=shape[1],
+        **config.model_options,
     )
 
 
-def class_names(data: ImageData | PairData) -> list[str]:
+def to_device(
+    batch: Sequence[Any], device: torch.device, layout: torch.memory_format = torch.contiguous_format
+) -> tuple[Any, ...]:
+    """A batch, nested tensors of any task, on a device, with batches of images in a memory layout."""
+
+    def move(tensor: Tensor) -> Tensor:
+        return tensor.to(device, memory_format=layout) if tensor.dim() == 4 else tensor.to(device)
+
+    return tuple(tree_map_only(Tensor, move, list(batch)))
+
+
+def class_names(data: ImageData | PairData | DetectionData) -> list[str]:
     """Names of the classes; none where the data has no classes."""
     return getattr(data, "classes", [])
 
 
 def _task(config: RunConfig) -> Task:
-    from glcan.tasks import Classification, SuperResolution
+    from glcan.tasks import Classification, Detection, SuperResolution
 
     if config.task == "super-resolution":
         return SuperResolution(config.criterion)
+    if config.task == "detection":
+        return Detection()
     return Classification(label_smoothing=config.label_smoothing)
 
 
-def build(config: RunConfig, data: ImageData | PairData) -> LocalLearner:
+def build(config: RunConfig, data: ImageData | PairData | DetectionData) -> LocalLearner:
     """The learner of a configuration: model from ``config.seed``, on ``config.device``, checked against the data.
 
     Raises:
         DataError: labels are out of range, or the images are not of the shape that the data set says.
-        ConfigError: the model refuses such images, or does not give one score per class, or an image of the size.
+        ConfigError: the model refuses such images, or does not give a score per class, an image of the size, or boxes.
     """
     from glcan import rules
     from glcan.learner import LocalLearner
@@ -151,18 +181,19 @@ def build(config: RunConfig, data: ImageData | PairData) -> LocalLearner:
     if data.size("test") == 0:
         raise DataError(f"Data set {data.name!r} has no test images to end the run with. Add some, or choose another.")
     with checkpoint.preserved_rng(device):
-        images, labels = next(iter(data.loader("train", config.batch)))
-    _check_images(images, data)
+        batch: tuple[Any, ...] = next(iter(data.loader("train", config.batch)))
+    if config.task != "detection":  # whose images may differ in size
+        _check_images(batch[0], data)
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     model = create_model(config, len(class_names(data)), data.shape).to(device).to(memory_format=layout)
-    images, labels = images.to(device, memory_format=layout), labels.to(device)
+    batch = to_device(batch, device, layout)
     autocast = autocast_dtype(config)
-    _check_model(config, model, images, labels, data, autocast)
+    _check_model(config, model, batch, data, autocast)
     try:
         return LocalLearner(
             model,
             _task(config),
-            (images, labels),
+            batch,
             blocks=blocks,
             cuts=config.cuts,
             units=config.units,
@@ -177,7 +208,8 @@ def build(config: RunConfig, data: ImageData | PairData) -> LocalLearner:
         if "more than 1 value per channel" not in str(error):
             raise
         raise ConfigError(
-            f"{len(images)} image per batch is too few for the BatchNorm of {config.model!r} ({error}). Raise --batch."
+            f"{len(batch[0])} image per batch is too few for the BatchNorm of {config.model!r} ({error}). "
+            "Raise --batch."
         ) from error
 
 
@@ -247,7 +279,7 @@ class _Training:
         self,
         config: RunConfig,
         run: RunDirectory,
-        data: ImageData | PairData,
+        data: ImageData | PairData | DetectionData,
         learner: LocalLearner,
         surroundings: dict[str, Any],
         progress: bool,
@@ -312,19 +344,18 @@ class _Training:
             batch = next(batches, None)
             if batch is None:
                 break
-            images, labels = batch
-            images = images.to(self.device, memory_format=self.layout)
-            labels = labels.to(self.device)
+            batch = to_device(batch, self.device, self.layout)
             rate = learning_rate(config, state.step, self.steps_per_epoch)
             for optimizer in self.learner.optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = rate
             with self._memory_advice():
-                losses = self.learner.step(images, labels)
+                losses = self.learner.step(*batch)
+            images = len(batch[0])
             state.step += 1
             state.batch += 1
-            state.images += len(labels)
-            self._note_losses(losses, len(labels))
+            state.images += images
+            self._note_losses(losses, images)
             state.epoch_seconds += time.monotonic() - began
             report.step(state.epoch + 1)
             self.stop.check()
@@ -337,7 +368,7 @@ class _Training:
         self._resolve_losses()
         state.epoch_seconds += time.monotonic() - began
 
-    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def _batches(self) -> Iterator[tuple[Any, ...]]:
         """The batches of the current epoch that are still to come."""
         loader = self.data.loader(
             "train",
@@ -350,7 +381,7 @@ class _Training:
         # Starting a loader draws a seed for its workers: a run that starts one more because it was resumed would
         # otherwise go on with other random numbers.
         with checkpoint.preserved_rng(self.device):
-            batches = iter(loader)
+            batches: Iterator[tuple[Any, ...]] = iter(loader)
             first = list(itertools.islice(batches, 1))
         return itertools.chain(first, batches)
 
@@ -551,7 +582,7 @@ def _optimizer(config: RunConfig) -> Callable[[list[nn.Parameter]], torch.optim.
     )
 
 
-def _check_images(images: Tensor, data: ImageData | PairData) -> None:
+def _check_images(images: Tensor, data: ImageData | PairData | DetectionData) -> None:
     if tuple(images.shape[1:]) != tuple(data.shape) or not images.is_floating_point():
         raise DataError(
             f"Images of {data.name!r} come as {images.dtype} of shape {tuple(images.shape[1:])}, but the data set says "
@@ -562,23 +593,22 @@ def _check_images(images: Tensor, data: ImageData | PairData) -> None:
 def _check_model(
     config: RunConfig,
     model: nn.Module,
-    images: Tensor,
-    targets: Tensor,
-    data: ImageData | PairData,
+    batch: tuple[Any, ...],
+    data: ImageData | PairData | DetectionData,
     autocast: torch.dtype | None,
 ) -> None:
     """Run the model once on two images, as evaluation will."""
-    images = images[:2]
+    images = batch[0][:2]
     training = model.training
     model.eval()
-    device = images.device
+    device = images[0].device
     try:
         with (
             checkpoint.preserved_rng(device),
             torch.no_grad(),
             torch.autocast(device.type, dtype=autocast, enabled=autocast is not None),
         ):
-            scores = model(images.clone())
+            scores = model(tree_map_only(Tensor, Tensor.clone, images))
     except GlcanError:
         raise
     except Exception as error:  # whatever a model does with images that it was not made for
@@ -586,13 +616,16 @@ def _check_model(
         size = "--patch" if config.task == "super-resolution" else "--image-size"
         raise ConfigError(
             f"Model {config.model!r} refuses images of {data.name!r} with channels, height, width = "
-            f"{tuple(data.shape)}: {reason[0]}. Set {size} or --model-option, or choose another --model."
+            f"{tuple(images[0].shape)}: {reason[0]}. Set {size} or --model-option, or choose another --model."
         ) from error
     finally:
         model.train(training)
+    if config.task == "detection":
+        check_predictions(scores, len(images))
+        return
     found = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
     if config.task == "super-resolution":
-        expected = (len(images), *targets.shape[1:])
+        expected = (len(images), *batch[1].shape[1:])
         if found != expected:
             raise ConfigError(
                 f"Model {config.model!r} gives {found} for images {tuple(images.shape)}, but super-resolution with "
