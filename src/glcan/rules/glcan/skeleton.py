@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import itertools
 import math
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -166,7 +167,9 @@ class BackboneSkeleton(nn.Module):
         self.names = _stage_entries(site)
         self.units = nn.ModuleList()
         for name in self.names:
-            unit = copy.deepcopy(site.model.get_submodule(name))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of fake tensors, which are copied while a plan is made
+                unit = copy.deepcopy(site.model.get_submodule(name))
             self.units.append(unit)
         last = site.profile.unit(self.names[-1]).output
         assert last is not None
