@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from glcan.data.images import derive_seed, generator
+from glcan.data.images import check_loading, derive_seed, generator, split_batches
 from glcan.data.preprocessing import _converted, _reason
 from glcan.errors import ConfigError, DataError, UnknownName
 
@@ -338,23 +338,8 @@ class DetectionData(ABC):
             ConfigError: batch, epoch, start or workers out of range.
         """
         source, indices = self._indices(split)
-        for label, value, least in (("batch", batch, 1), ("epoch", epoch, 0), ("start", start, 0)):
-            if value < least:
-                raise ConfigError(f"{label}={value} of a loader: it must be at least {least}.")
-        if workers < 0:
-            raise ConfigError(f"workers={workers} of a loader: it must be at least 0.")
-        if split == "train":
-            indices = indices[torch.randperm(len(indices), generator=generator("order", self._seed, epoch))]
-        batches = list(indices.split(batch))
-        last = len(batches[-1])
-        if drop_last is None:
-            drop_last = split == "train" and last == 1 and len(batches) > 1
-        if drop_last and last < batch:
-            batches.pop()
-        if not batches:
-            raise ConfigError(f"batch={batch} with drop_last=True leaves none of the {len(indices)} {split} images.")
-        if start > len(batches):
-            raise ConfigError(f"start={start} of a loader: the epoch has {len(batches)} batches.")
+        check_loading(batch=batch, epoch=epoch, start=start, workers=workers)
+        batches = split_batches(split, indices, batch, seed=self._seed, epoch=epoch, start=start, drop_last=drop_last)
         augmented = split == "train" if augment is None else augment
         seed = derive_seed("augment", self._seed, epoch) if augmented else None
         where = torch.device("cpu" if device is None else device)

@@ -64,6 +64,42 @@ class Loader:
         return self._produce(self._batches[self._start :])
 
 
+def check_loading(*, batch: int, epoch: int, start: int, workers: int) -> None:
+    """Refuses numbers out of range that a loader was given.
+
+    Raises:
+        ConfigError: batch below 1, or one of the others below 0.
+    """
+    values = {"batch": batch, "epoch": epoch, "start": start, "workers": workers}
+    for label, value in values.items():
+        least = int(label == "batch")
+        if value < least:
+            raise ConfigError(f"{label}={value} of a loader: it must be at least {least}.")
+
+
+def split_batches(
+    split: str, indices: Tensor, batch: int, *, seed: int, epoch: int, start: int, drop_last: bool | None
+) -> list[Tensor]:
+    """The batches of one epoch, as indices: "train" shuffled by (seed, epoch), the others in order.
+
+    Raises:
+        ConfigError: no batch is left, or ``start`` is behind the last one.
+    """
+    if split == "train":
+        indices = indices[torch.randperm(len(indices), generator=generator("order", seed, epoch))]
+    batches = list(indices.split(batch))
+    last = len(batches[-1])
+    if drop_last is None:
+        drop_last = split == "train" and last == 1 and len(batches) > 1
+    if drop_last and last < batch:
+        batches.pop()
+    if not batches:
+        raise ConfigError(f"batch={batch} with drop_last=True leaves none of the {len(indices)} {split} images.")
+    if start > len(batches):
+        raise ConfigError(f"start={start} of a loader: the epoch has {len(batches)} batches.")
+    return batches
+
+
 class ImageData(ABC):
     """A classification data set: what `glcan.data.load` returns.
 
@@ -195,28 +231,10 @@ class ImageData(ABC):
             UnknownName: another split. DataError: the data set has no such split.
             ConfigError: batch, epoch, start or workers out of range.
         """
-        count = len(self.labels(split))
-        for label, value, least in (
-            ("batch", batch, 1),
-            ("epoch", epoch, 0),
-            ("start", start, 0),
-            ("workers", workers, 0),
-        ):
-            if value < least:
-                raise ConfigError(f"{label}={value} of a loader: it must be at least {least}.")
+        self.labels(split)  # refuses a split that is not there
+        check_loading(batch=batch, epoch=epoch, start=start, workers=workers)
         source, indices = self._splits[split]
-        if split == "train":
-            indices = indices[torch.randperm(count, generator=generator("order", self._seed, epoch))]
-        batches = list(indices.split(batch))
-        last = len(batches[-1])
-        if drop_last is None:
-            drop_last = split == "train" and last == 1 and len(batches) > 1
-        if drop_last and last < batch:
-            batches.pop()
-        if not batches:
-            raise ConfigError(f"batch={batch} with drop_last=True leaves none of the {count} {split} images.")
-        if start > len(batches):
-            raise ConfigError(f"start={start} of a loader: the epoch has {len(batches)} batches.")
+        batches = split_batches(split, indices, batch, seed=self._seed, epoch=epoch, start=start, drop_last=drop_last)
         if augment is None:
             augment = split == "train"
         where = torch.device("cpu" if device is None else device)

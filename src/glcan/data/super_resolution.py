@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from glcan.bicubic import shrink_pixels
-from glcan.data.images import Batch, Loader, generator
+from glcan.data.images import Batch, Loader, check_loading, generator
 from glcan.errors import ConfigError, DataError, UnknownName
 
 SCALES = (2, 3, 4)
@@ -203,14 +203,7 @@ class PairData:
             ConfigError: batch, epoch, start or workers out of range.
         """
         pairs = self.pairs(split)
-        for label, value, least in (
-            ("batch", batch, 1),
-            ("epoch", epoch, 0),
-            ("start", start, 0),
-            ("workers", workers, 0),
-        ):
-            if value < least:
-                raise ConfigError(f"{label}={value} of a loader: it must be at least {least}.")
+        check_loading(batch=batch, epoch=epoch, start=start, workers=workers)
         where = torch.device("cpu" if device is None else device)
         if split == "train":
             images = self._splits["train"][1]
