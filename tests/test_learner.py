@@ -509,7 +509,7 @@ def test_a_scheduler_does_not_hinder_resumption() -> None:
         (dict(sample=None, blocks=2), ConfigError, "sample is missing"),
         (dict(), CutError, "either blocks=K or cuts"),
         (dict(blocks=2, cuts=["b"]), CutError, "either blocks=K or cuts"),
-        (dict(blocks=7), CutError, "blocks=7.*1 to 6 blocks"),
+        (dict(blocks=7), CutError, "blocks=7.*1 to 5 blocks"),
         (dict(blocks=0), CutError, "blocks=0"),
         (dict(cuts=["e"]), UnknownName, "cut 'e'"),
         (dict(cuts=["stem"]), CutError, "No block can begin at 'stem'"),

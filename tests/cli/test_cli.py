@@ -380,7 +380,7 @@ def test_plan_finds_the_largest_batches(glcan):
         ([*PLAN, "--rule-option", "budgt=1"], "budget"),
         ([*PLAN, "--optimizer", "sdg"], "sgd"),
         ([*PLAN, "--precision", "fp8"], "fp32 or bf16"),
-        ([*PLAN, "--task", "detektion"], "classification"),
+        ([*PLAN, "--task", "detektion"], "detection"),
         (["plan", "timm/vit_tiny_patch16_224", "--image", "225x97", "--batch", "2"], "225"),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value[1:]),

@@ -325,7 +325,6 @@ def test_a_detector_of_two_stages_is_cut_only_where_every_block_learns() -> None
         with pytest.raises(CutError, match="side by side"):
             LocalLearner(model, "detection", batch(), cuts=list(cuts), rule=PerCut())
     most = max(numbers_of_blocks(found))
-    assert most == len(found.cuttable) - 1
     for blocks in (4, most):
         learner = LocalLearner(model, "detection", batch(), blocks=blocks, rule=PerCut())
         assert learner.plan.blocks == blocks
