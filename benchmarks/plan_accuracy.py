@@ -62,11 +62,32 @@ def main() -> None:
     """Compare, write the JSON file and say what came out."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--no-plans", action="store_true", help="leave out what planning costs")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/plan_accuracy_DEVICE.json")
     options = parser.parse_args()
     optimizer = functools.partial(torch.optim.SGD, lr=1e-3, momentum=0.9)
-    rows: list[dict[str, Any]] = []
-    for name, (classes, side, batches) in MODELS.items():
+    out = options.out or RESULTS / f"plan_accuracy_{options.device.partition(':')[0]}.json"
+    result: dict[str, Any] = {
+        "benchmark": "predicted against measured peak of live tensors",
+        "environment": {"torch": torch.__version__, "device": options.device},
+        "rows": [],
+        "planning": [],
+    }
+    if out.exists():  # other models' rows stay
+        before = json.loads(out.read_text())
+        result["rows"] = [row for row in before["rows"] if row["model"] not in options.models]
+        result["planning"] = before["planning"]
+
+    def write() -> None:
+        result["largest_error"] = max((abs(row["error"]) for row in result["rows"]), default=None)
+        out.write_text(json.dumps(result, indent=2) + "\n")
+
+    if not options.no_plans:
+        result["planning"] = [planned(arguments) for arguments in PLANS]
+        write()
+    for name in options.models:
+        classes, side, batches = MODELS[name]
         model = create(name, num_classes=classes).to(options.device)
         for batch in batches:
             sample = (
@@ -87,20 +108,10 @@ def main() -> None:
                     "activation_error": predicted.activation_peak_bytes / measured.activation_peak_bytes - 1,
                     "cuda_peak_bytes": measured.cuda_peak_bytes,
                 }
-                rows.append(row)
+                result["rows"].append(row)
+                write()
                 print(f"{name:28} {batch:4} {method:18} {row['error']:+.4%}", flush=True)
-    plans = [planned(arguments) for arguments in PLANS]
-    largest = max(abs(row["error"]) for row in rows)
-    result = {
-        "benchmark": "predicted against measured peak of live tensors",
-        "largest_error": largest,
-        "environment": {"torch": torch.__version__, "device": options.device},
-        "rows": rows,
-        "planning": plans,
-    }
-    out = options.out or RESULTS / f"plan_accuracy_{options.device.partition(':')[0]}.json"
-    out.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"largest error {largest:.4%}; wrote {out}")
+    print(f"largest error {result['largest_error']:.4%}; wrote {out}")
 
 
 def planned(arguments: list[str]) -> dict[str, Any]:

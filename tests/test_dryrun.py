@@ -11,7 +11,7 @@ from tests.zoo import Small, assert_equal, gradients
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from glcan.dryrun import dry_run, fake_copy
+from glcan.dryrun import dry_run, fake_copy, uninitialized
 from glcan.errors import GradientLeak
 
 
@@ -99,3 +99,14 @@ def test_a_model_that_cannot_be_copied_is_run_for_real() -> None:
     model = Small()
     model.state = model.stem.weight * 2  # no leaf: deepcopy refuses it
     assert dry_run(model, zoo.images(2, 8), lambda m, b: m is model and type(b) is Tensor)
+
+
+def test_uninitialized_models_draw_nothing() -> None:
+    generator = torch.get_rng_state()
+    with uninitialized():
+        made = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 4))
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert [tuple(p.shape) for p in made.parameters()] == [(8, 3, 3, 3), (8,), (8,), (8,), (4, 8), (4,)]
+    again = nn.Linear(8, 4)
+    assert not torch.equal(torch.get_rng_state(), generator)
+    assert again.weight.abs().max() < 1

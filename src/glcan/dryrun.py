@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_map_only
 
 from glcan.errors import GradientLeak, UnknownName
 
-__all__ = ["AssumedValues", "dry_run", "fake_copy"]
+__all__ = ["AssumedValues", "dry_run", "fake_copy", "uninitialized"]
 
 T = TypeVar("T")
 
@@ -71,6 +71,19 @@ def _untouched(model: nn.Module) -> Iterator[None]:
             for name, buffer in model.named_buffers():
                 if name in buffers:
                     buffer.copy_(buffers[name])
+
+
+@contextlib.contextmanager
+def uninitialized() -> Iterator[None]:
+    """Models that are made meanwhile do not draw their weights, for when only shapes matter: saves seconds."""
+    before = {name: getattr(nn.init, name) for name in dir(nn.init) if name.endswith("_") and name[0] != "_"}
+    try:
+        for name in before:
+            setattr(nn.init, name, lambda tensor, *args, **kwargs: tensor)
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(nn.init, name, function)
 
 
 class AssumedValues(TorchDispatchMode):

@@ -19,7 +19,8 @@ from glcan.errors import CheckpointError, ConfigError, CutError, GradientLeak
 from glcan.estimate import Estimate, auxiliary_costs, measure_pieces
 from glcan.isolation import Boundary, Isolation, leaked_parameters, tensors_in
 from glcan.plan import Plan, cut_places, make_plan
-from glcan.profile import Feature, Profile, profile, read_feature
+from glcan.profile import Feature, Profile, read_feature
+from glcan.profile import profile as take_profile
 from glcan.rules import Site
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ class LocalLearner:
             what enters each unit is kept, and the auxiliary networks' units are recomputed too.
         memory: a budget for the peak of a step, such as "8GiB", in place of blocks, cuts and recompute: the cheapest
             plan that fits (see `glcan.plan`). "auto": what the model's CUDA device has free, less a tenth.
+        profile: what `glcan.profile` gave for this model and sample, if it is at hand: saves the dry runs of it.
 
     Attributes:
         model: the user's own object.
@@ -94,6 +96,7 @@ class LocalLearner:
         leak_check: bool = True,
         recompute: bool | Sequence[str] = False,
         memory: str | int | None = None,
+        profile: Profile | None = None,
     ) -> None:
         if sample is None:
             raise ConfigError("sample is missing; give a batch such as sample=(images, labels), which is run once.")
@@ -133,7 +136,7 @@ class LocalLearner:
                 cuts, recompute = self.forecast.plan.cuts or None, self.forecast.plan.recompute
                 blocks = None if cuts else 1
         args, kwargs = self.task.arguments(batch)
-        self.profile: Profile = profile(model, args, kwargs, units=units, assume=self.task.assumes)
+        self.profile: Profile = profile or take_profile(model, args, kwargs, units=units, assume=self.task.assumes)
         self.task.prepare(self.profile.output, batch)
         self.plan = self._make_plan(batch, blocks, cuts, recompute)
         self.names = names = self.plan.names

@@ -347,6 +347,7 @@ class _Bench:
             units=self.units,
             optimizer=self.optimizer,
             autocast=self.autocast,
+            profile=self.profile,
             **options,
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from typing import TYPE_CHECKING, Annotated, Any
@@ -65,6 +66,7 @@ def plan(
 
     from glcan import models, planner, tasks
     from glcan.cli.options import pairs
+    from glcan.dryrun import uninitialized
     from glcan.errors import ConfigError
     from glcan.rules import RULES
     from glcan.sizes import format_bytes, parse_bytes
@@ -86,14 +88,17 @@ def plan(
     options = pairs("--model-option", model_options)
     if detecting and not options.keys() & {"min_size", "max_size"}:
         options |= {"min_size": min(size), "max_size": max(size)}  # the images are of that size already
-    network = models.create(
-        model,
-        num_classes=classes + 1 if classes is not None and detecting else classes,  # the background is a class there
-        in_channels=channels,
-        image_size=side,
-        scale=the_task.scale if isinstance(the_task, tasks.SuperResolution) else None,
-        **options,
-    )
+    with contextlib.nullcontext() if detecting else uninitialized():  # two-stage detectors run for real
+        network = models.create(
+            model,
+            num_classes=classes + 1
+            if classes is not None and detecting
+            else classes,  # the background is a class there
+            in_channels=channels,
+            image_size=side,
+            scale=the_task.scale if isinstance(the_task, tasks.SuperResolution) else None,
+            **options,
+        )
     common: dict[str, Any] = {
         "rule": rule,
         "rule_options": pairs("--rule-option", rule_options),
