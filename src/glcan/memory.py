@@ -266,6 +266,8 @@ def measure_step(learner: LocalLearner, *batch: Any) -> StepCost:
 def _create_state(optimizers: Iterable[Optimizer]) -> None:
     """Lets optimizers over fake parameters make their state, without a forward and a backward pass."""
     for optimizer in optimizers:
+        if optimizer.state:
+            continue
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.grad = torch.zeros_like(parameter)

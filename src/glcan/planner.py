@@ -179,7 +179,7 @@ def plan(
         chosen = bench.run(bench.rule, blocks=blocks, cuts=cuts, recompute=recompute)
     else:
         chosen = bench.fit(limit)
-    others = {name: chosen.cost if name == bench.rule.name else bench.run(name).cost for name in baselines}
+    others = bench.baselines(baselines)
     return dataclasses.replace(chosen, baselines=others, memory=limit)
 
 
@@ -360,6 +360,19 @@ class _Bench:
             parameter.grad = None
         extra = sum(p.numel() for p in learner.auxiliary.parameters())
         return Forecast(learner.rule.name, learner.plan, cost, extra)
+
+    def baselines(self, names: Sequence[str]) -> dict[str, StepCost]:
+        """The costs of the baselines, which differ in nothing but what is recomputed: one learner serves them all."""
+        found: dict[str, StepCost] = {}
+        with self._context():
+            learner = self._build("e2e") if names else None
+            for name in names:
+                assert learner is not None
+                learner.rule = rules.create(name)
+                found[name] = measure_step(learner, *self.batch)
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        return found
 
     # -- a budget ------------------------------------------------------------------------------------------------
 
