@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -377,36 +378,7 @@ class LocalLearner:
                 )
             if name not in self.auxiliary:
                 return
-            network = self.auxiliary[name]
-            runs = self.rule.segments(network) if name in self.plan.recompute else []
-            count = boundary.entering[0].shape[0]
-            parts = min(count, getattr(network, "parts", 1))
-            if parts == 1:
-                with checkpointed(network, runs):
-                    prediction = network(boundary, batch)
-                loss = self.task.local_loss(prediction, batch)
-                del prediction
-                backward(loss)
-                loss = loss.detach()  # frees the graph before the optimizer makes its temporaries
-            else:
-                loss = torch.zeros((), device=boundary.entering[0].device)
-                gradients = [torch.empty_like(t) for t in boundary.entering]
-                for k in range(parts):
-                    start, stop = k * count // parts, (k + 1) * count // parts
-                    leaves = tuple(t.detach()[start:stop].requires_grad_() for t in boundary.entering)
-                    part = self.task.part(batch, start, stop)
-                    with checkpointed(network, runs):
-                        prediction = network(Boundary(boundary.block, boundary.cut, leaves), part)
-                    mine = self.task.local_loss(prediction, part) * ((stop - start) / count)
-                    del prediction
-                    backward(mine)
-                    loss = loss + mine.detach()
-                    for whole, leaf in zip(gradients, leaves, strict=True):
-                        whole[start:stop] = 0 if leaf.grad is None else leaf.grad
-                    del leaves, leaf, mine
-                with _no_autocast(loss):
-                    torch.autograd.backward(boundary.entering, gradients)
-                del gradients, whole
+            loss = self._local_backward(boundary, batch, backward)
             done(boundary.block, loss)
 
         args, kwargs = self.task.arguments(batch)
@@ -426,6 +398,41 @@ class LocalLearner:
                 backward(loss)
                 done(last, loss.detach())
         return losses
+
+    def _local_backward(self, boundary: Boundary, batch: tuple[Any, ...], backward: Callable[[Tensor], None]) -> Tensor:
+        """A block's local loss, detached, after its backward pass; in parts of the batch where its network says so."""
+        name = self.names[boundary.block]
+        network = self.auxiliary[name]
+        runs = self.rule.segments(network) if name in self.plan.recompute else []
+
+        def learn(boundary: Boundary, batch: tuple[Any, ...], share: float) -> Tensor:
+            with checkpointed(network, runs):
+                prediction = network(boundary, batch)
+            loss = self.task.local_loss(prediction, batch)
+            if share != 1:
+                loss = loss * share
+            del prediction
+            backward(loss)
+            return loss.detach()  # frees the graph before the optimizer makes its temporaries
+
+        count = boundary.entering[0].shape[0]
+        parts = min(count, getattr(network, "parts", 1))
+        if parts == 1:
+            return learn(boundary, batch, 1.0)
+        total = torch.zeros((), device=boundary.entering[0].device)
+        gradients = [torch.zeros_like(t) for t in boundary.entering]
+        for k in range(parts):
+            start, stop = k * count // parts, (k + 1) * count // parts
+            leaves = tuple(t.detach()[start:stop].requires_grad_() for t in boundary.entering)
+            mine = dataclasses.replace(boundary, entering=leaves, skipping=())
+            total = total + learn(mine, self.task.part(batch, start, stop), (stop - start) / count)
+            for whole, leaf in zip(gradients, leaves, strict=True):
+                if leaf.grad is not None:
+                    whole[start:stop] = leaf.grad
+            del leaves, leaf, mine
+        with _no_autocast(total):
+            torch.autograd.backward(boundary.entering, gradients)
+        return total
 
     def _forward_autocast(self, batch: Any) -> contextlib.AbstractContextManager[Any]:
         if self.autocast is None:

@@ -176,10 +176,11 @@ def plan(
     if limit is None:
         if bench.rule.local and blocks is None and cuts is None:
             raise CutError("Give blocks=K, cuts=[...] or memory=..., so that there is something to plan.")
-        chosen = bench.run(bench.rule, blocks=blocks, cuts=cuts, recompute=recompute)
+        chosen = bench.run(blocks=blocks, cuts=cuts, recompute=recompute)
     else:
         chosen = bench.fit(limit)
-    others = bench.baselines(baselines)
+    others = bench.baselines([name for name in baselines if name != chosen.rule])
+    others = {name: others.get(name, chosen.cost) for name in baselines}
     return dataclasses.replace(chosen, baselines=others, memory=limit)
 
 
@@ -189,7 +190,7 @@ class LargestBatch:
 
     Attributes:
         method: "e2e", "checkpoint", "checkpoint-sqrt", "glcan:4", and "glcan:4+recompute".
-        batch: 0 if not even one image fits.
+        batch: 0 if not even two images fit.
         peak_bytes: with that batch.
         flops_per_image: of one step.
     """
@@ -229,19 +230,18 @@ def largest_batches(
 
     found: list[LargestBatch] = []
     name = rules.create(rule, rule_options).name
-    methods: list[tuple[str, Any, dict[str, Any]]] = [(baseline, baseline, {}) for baseline in BASELINES]
+    methods: dict[str, dict[str, Any]] = {baseline: {"rule": baseline} for baseline in BASELINES}
     for k in blocks:
         if k > 1 and k in numbers_of_blocks(bench(2).profile):
-            methods.append((f"{name}:{k}", None, {"blocks": k}))
-            methods.append((f"{name}:{k}+recompute", None, {"blocks": k, "recompute": True}))
-    for method, baseline, options in methods:
-        if options:  # the cuts of the first batch: the best ones hardly depend on its size
-            first = bench(2).run(None, **options)
-            options = {**_cut_at(first.plan.cuts), "recompute": bool(options.get("recompute"))}
+            # the cuts of a small batch: the best ones hardly depend on its size
+            methods[f"{name}:{k}"] = _cut_at(bench(2).run(blocks=k).plan.cuts)
+            cuts = bench(2).run(blocks=k, recompute=True).plan.cuts
+            methods[f"{name}:{k}+recompute"] = {**_cut_at(cuts), "recompute": True}
+    for method, options in methods.items():
 
         @functools.cache
-        def cost(batch: int, baseline: Any = baseline, options: Any = options) -> StepCost:
-            return bench(batch).run(baseline, **options).cost
+        def cost(batch: int, options: Any = options) -> StepCost:
+            return bench(batch).run(**options).cost
 
         batch = _largest(lambda b: cost(b).peak_bytes, limit)
         flops = cost(max(2, batch)).flops / max(2, batch)
@@ -364,10 +364,11 @@ class _Bench:
     def baselines(self, names: Sequence[str]) -> dict[str, StepCost]:
         """The costs of the baselines, which differ in nothing but what is recomputed: one learner serves them all."""
         found: dict[str, StepCost] = {}
+        if not names:
+            return found
         with self._context():
-            learner = self._build("e2e") if names else None
+            learner = self._build("e2e")
             for name in names:
-                assert learner is not None
                 learner.rule = rules.create(name)
                 found[name] = measure_step(learner, *self.batch)
         for parameter in self.model.parameters():
@@ -379,7 +380,8 @@ class _Bench:
     @functools.cached_property
     def pieces(self) -> dict[str, Piece]:
         with self._context():
-            return measure_pieces(self.model, *self.task.arguments(self.batch), self.profile)
+            args, kwargs = self.task.arguments(self.batch)
+            return measure_pieces(self.model, args, kwargs, self.profile, assume=self.task.assumes)
 
     @functools.cache  # noqa: B019 - a bench lives as long as a plan is made
     def estimate(self, blocks: int) -> Estimate:
@@ -439,13 +441,9 @@ class _Bench:
             return []
         found = []
         forward = self.profile.flops or 1
-        places = cut_places(self.profile)
-        index = {self.profile.units[p].name: i for i, p in enumerate(places[:-1])}
         for blocks in self._numbers_of_blocks():
             estimate = self.estimate(blocks)
-            state = 3 * 4 if self.optimizer is not None else 2 * 4  # weights, gradients, and a moment or two
-            extra = sum(c.parameters for c in estimate.auxiliary.values()) / max(1, len(estimate.auxiliary))
-            within = bound - state * extra * (blocks - 1)
+            within = bound - self._auxiliary_bytes(estimate, blocks)
 
             def cost(i: int, j: int, estimate: Estimate = estimate) -> int:
                 return min(estimate.block_bytes(i, j), estimate.recomputed_bytes(i, j))
@@ -458,9 +456,10 @@ class _Bench:
             if best is None:
                 continue
             total, cuts = best
-            starts = [0, *(index[cut] for cut in cuts), len(places) - 1]
             recompute = tuple(
-                f"block{k + 1}" for k in range(blocks) if estimate.block_bytes(starts[k], starts[k + 1]) > within
+                f"block{k}"
+                for k, (i, j) in enumerate(itertools.pairwise(self._ends(cuts)), 1)
+                if estimate.block_bytes(i, j) > within
             )
             found.append((total / (3 * forward), blocks, cuts, recompute))
         cheapest = min((share for share, *_ in found), default=0.0)
@@ -469,25 +468,27 @@ class _Bench:
 
     def _smallest(self) -> Forecast:
         """The smallest peak that is found, by estimates: over all numbers of blocks, everything recomputed or not."""
-        options: list[tuple[float, int, tuple[str, ...], bool]] = []
-        places = cut_places(self.profile)
-        index = {self.profile.units[p].name: i for i, p in enumerate(places[:-1])}
+        options: list[tuple[float, tuple[str, ...], bool]] = []
         for blocks in self._numbers_of_blocks():
             estimate = self.estimate(blocks)
-            extra = sum(c.parameters for c in estimate.auxiliary.values()) / max(1, len(estimate.auxiliary))
             for again in (False, True):
                 cost = estimate.recomputed_bytes if again else estimate.block_bytes
                 cuts = choose_cuts(self.profile, blocks, cost)
-                starts = [0, *(index[cut] for cut in cuts), len(places) - 1]
-                largest = max(cost(a, b) for a, b in itertools.pairwise(starts))
-                options.append((largest + 12 * extra * (blocks - 1), blocks, cuts, again))
-        best: Forecast | None = None
-        for _, _, cuts, again in sorted(options)[:3]:
-            found = self.run(**_cut_at(cuts), recompute=again)
-            if best is None or found.cost.peak_bytes < best.cost.peak_bytes:
-                best = found
-        assert best is not None
-        return best
+                largest = max(cost(i, j) for i, j in itertools.pairwise(self._ends(cuts)))
+                options.append((largest + self._auxiliary_bytes(estimate, blocks), cuts, again))
+        found = [self.run(**_cut_at(cuts), recompute=again) for _, cuts, again in sorted(options)[:3]]
+        return min(found, key=lambda forecast: forecast.cost.peak_bytes)
+
+    def _ends(self, cuts: Sequence[str]) -> list[int]:
+        """The places at which blocks begin and end, see `cut_places`."""
+        places = cut_places(self.profile)
+        return [0, *(places.index(self.profile.unit(cut).index) for cut in cuts), len(places) - 1]
+
+    def _auxiliary_bytes(self, estimate: Estimate, blocks: int) -> float:
+        """What all auxiliary networks hold, about: weights, gradients and, with an optimizer, a moment."""
+        costs = estimate.auxiliary.values()
+        parameters = sum(cost.parameters for cost in costs) / max(1, len(costs)) * (blocks - 1)
+        return 4 * parameters * (2 if self.optimizer is None else 3)
 
     def _does_not_fit(self, limit: int, tried: list[Forecast]) -> ConfigError:
         best = min(tried, key=lambda c: c.cost.peak_bytes)

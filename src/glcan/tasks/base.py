@@ -23,6 +23,7 @@ class Task(ABC):
         """The model's positional and keyword arguments; by default the first item of the batch."""
         return (batch[0],), {}
 
+    @abstractmethod
     def example(self, batch: int, channels: int, image: tuple[int, int]) -> tuple[Any, ...]:
         """A batch of the shapes that the task has, for planning; its values mean nothing.
 
@@ -30,7 +31,6 @@ class Task(ABC):
             batch, channels: B, C.
             image: (height, width).
         """
-        raise NotImplementedError(f"the task {self.name!r} gives no example")
 
     def prepare(self, shapes: tuple[tuple[int, ...], ...], batch: tuple[Any, ...]) -> None:
         """Checks the sample against the shapes of the model's outputs, and keeps what heads need to know.

@@ -76,38 +76,18 @@ def load_data(config: RunConfig) -> ImageData | PairData | DetectionData:
     """
     from glcan import data
 
+    common: dict[str, Any] = {
+        "root": config.data_root,
+        "seed": config.seed,
+        "val": config.val,
+        "limit": config.limit,
+        "skip_corrupt": config.skip_corrupt,
+    }
     if config.task == "detection":
-        return data.load_detection(
-            config.data,
-            root=config.data_root,
-            seed=config.seed,
-            val=config.val,
-            limit=config.limit,
-            skip_corrupt=config.skip_corrupt,
-            image_size=config.image_size,
-        )
+        return data.load_detection(config.data, image_size=config.image_size, **common)
     if config.task == "super-resolution":
-        return data.load_pairs(
-            config.data,
-            scale=config.scale,
-            patch=config.patch,
-            crops=config.crops,
-            root=config.data_root,
-            seed=config.seed,
-            val=config.val,
-            limit=config.limit,
-            skip_corrupt=config.skip_corrupt,
-        )
-    return data.load(
-        config.data,
-        root=config.data_root,
-        seed=config.seed,
-        val=config.val,
-        limit=config.limit,
-        skip_corrupt=config.skip_corrupt,
-        image_size=config.image_size,
-        download=config.download,
-    )
+        return data.load_pairs(config.data, scale=config.scale, patch=config.patch, crops=config.crops, **common)
+    return data.load(config.data, image_size=config.image_size, download=config.download, **common)
 
 
 def create_model(config: RunConfig, classes: int, shape: tuple[int, int | None, int | None]) -> nn.Module:
