@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from glcan.dryrun import dry_run
+from glcan.dryrun import dry_run, uninitialized
 from glcan.errors import GlcanError
 from glcan.isolation import Boundary, Isolation, tensors_in
 from glcan.memory import LiveMemory
@@ -113,22 +113,31 @@ def measure_pieces(
 
 
 def auxiliary_costs(
-    rule: Rule, model: nn.Module, profile: Profile, task: Task, batch: tuple[Any, ...], blocks: int
+    rule: Rule,
+    model: nn.Module,
+    profile: Profile,
+    task: Task,
+    batch: tuple[Any, ...],
+    blocks: int,
+    known: dict[Any, AuxiliaryCost] | None = None,
 ) -> dict[str, AuxiliaryCost]:
-    """What the rule's auxiliary network needs at every place where a model may be cut into so many blocks."""
+    """What the rule's auxiliary network needs at every place where a model may be cut into so many blocks.
+
+    Networks of the same structure are metered once; ``known`` remembers them from one number of blocks to the next.
+    """
+    known = {} if known is None else known
 
     def run(model: nn.Module, batch: tuple[Any, ...]) -> dict[str, AuxiliaryCost]:
         first = next(t for t in tensors_in(batch))
         costs: dict[str, AuxiliaryCost] = {}
-        seen: dict[Any, AuxiliaryCost] = {}
         for index in cut_places(profile)[1:-1]:
             cut = profile.units[index]
-            with first.device:
+            with first.device, uninitialized():
                 network = rule.build(Site(model, profile, task, cut, blocks)).train(model.training)
             key = (str(network), tuple(p.shape for p in network.parameters()), cut.entering)
-            if key not in seen:
-                seen[key] = _meter(network, task, cut, batch, first)
-            costs[cut.name] = seen[key]
+            if key not in known:
+                known[key] = _meter(network, task, cut, batch, first)
+            costs[cut.name] = known[key]
         return costs
 
     return dry_run(model, batch, run, assume=task.assumes)

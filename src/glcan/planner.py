@@ -22,9 +22,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from glcan import rules, tasks
-from glcan.dryrun import AssumedValues, fake_copy
+from glcan.dryrun import AssumedValues, fake_copy, uninitialized
 from glcan.errors import ConfigError, CutError
-from glcan.estimate import Estimate, Piece, auxiliary_costs, measure_pieces
+from glcan.estimate import AuxiliaryCost, Estimate, Piece, auxiliary_costs, measure_pieces
 from glcan.isolation import tensors_in
 from glcan.learner import LocalLearner, OptimizerFactory
 from glcan.memory import KINDS, StepCost, measure_step
@@ -315,6 +315,7 @@ class _Bench:
         self.task = tasks.create(task)
         self.rule = rules.create(rule, rule_options)
         self.units, self.optimizer, self.autocast = units, optimizer, autocast
+        self._auxiliary_costs: dict[Any, AuxiliaryCost] = {}
         self.mode: FakeTensorMode | None = FakeTensorMode(allow_non_fake_inputs=True)
         self.profile: Profile
         try:
@@ -335,7 +336,7 @@ class _Bench:
         if self.mode is None:
             yield
             return
-        with self.mode, AssumedValues() if self.task.assumes else contextlib.nullcontext():
+        with self.mode, uninitialized(), AssumedValues() if self.task.assumes else contextlib.nullcontext():
             yield
 
     def _build(self, rule: str | rules.Rule, **options: Any) -> LocalLearner:
@@ -386,7 +387,9 @@ class _Bench:
     @functools.cache  # noqa: B019 - a bench lives as long as a plan is made
     def estimate(self, blocks: int) -> Estimate:
         with self._context():
-            costs = auxiliary_costs(self.rule, self.model, self.profile, self.task, self.batch, blocks)
+            costs = auxiliary_costs(
+                self.rule, self.model, self.profile, self.task, self.batch, blocks, self._auxiliary_costs
+            )
         return Estimate(self.profile, self.pieces, costs)
 
     def _numbers_of_blocks(self) -> list[int]:
