@@ -77,7 +77,7 @@ class GLCAN(Rule):
         unit_share: float = 0.6
         unit_cost: float = 0.5
         memory: float = 2.0
-        depth: int = 2
+        depth: int = 4
         use_local: bool = True
         use_global: bool = True
         width: float | None = None
