@@ -137,7 +137,10 @@ class LocalLearner:
                 cuts, recompute = self.forecast.plan.cuts or None, self.forecast.plan.recompute
                 blocks = None if cuts else 1
         args, kwargs = self.task.arguments(batch)
-        self.profile: Profile = profile or take_profile(model, args, kwargs, units=units, assume=self.task.assumes)
+        if profile is None:
+            with self.task.running(model) if self.rule.local else contextlib.nullcontext():
+                profile = take_profile(model, args, kwargs, units=units, assume=self.task.assumes)
+        self.profile: Profile = profile
         self.task.prepare(self.profile.output, batch)
         self.plan = self._make_plan(batch, blocks, cuts, recompute)
         self.names = names = self.plan.names
@@ -185,7 +188,8 @@ class LocalLearner:
             cost = None
             if cuts is None and blocks is not None and 1 < blocks < len(cut_places(self.profile)):
                 args, kwargs = self.task.arguments(batch)
-                pieces = measure_pieces(self.model, args, kwargs, self.profile, assume=self.task.assumes)
+                with self.task.running(self.model):
+                    pieces = measure_pieces(self.model, args, kwargs, self.profile, assume=self.task.assumes)
                 auxiliary = auxiliary_costs(self.rule, self.model, self.profile, self.task, batch, blocks)
                 cost = Estimate(self.profile, pieces, auxiliary).block_bytes
             return make_plan(self.profile, blocks=blocks, cuts=cuts, cost=cost, recompute=recompute)
@@ -386,7 +390,11 @@ class LocalLearner:
             args, kwargs = tree_map_only(Tensor, Tensor.clone, (args, kwargs))
         isolation.on_boundary = at_cut
         last = self.plan.blocks - 1
-        with isolation if last else contextlib.nullcontext(), forward:
+        with (
+            self.task.running(self.model) if last else contextlib.nullcontext(),
+            isolation if last else contextlib.nullcontext(),
+            forward,
+        ):
             with self.rule.running(self.model, self.profile), checkpointed(self.model, self._recomputed):
                 loss = self.task.loss(self.model(*args, **kwargs), batch)
             if last and isolation.block != last:

@@ -163,8 +163,8 @@ def cheapest_cuts(
 def cut_places(profile: Profile) -> list[int]:
     """Where blocks may begin and end: index 0, the index of each unit worth cutting at, and the number of units.
 
-    A head that comes after the last map (a classifier) is not worth a block of its own: it frees nothing, and alone it
-    learns badly, on features that nothing of it shapes. Naming it in ``cuts`` is still possible.
+    A head that comes after the last map (a classifier, a detector's heads) is not worth a block of its own: it frees
+    little, and alone it learns badly, on features that nothing of it shapes. Naming it in ``cuts`` is still possible.
     """
     maps = [u.index for u in profile.units if u.output is not None and u.output.grid != (1, 1)]
     last = max(maps, default=len(profile.units))

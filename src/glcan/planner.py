@@ -320,7 +320,7 @@ class _Bench:
         self.profile: Profile
         try:
             self.model, self.batch = fake_copy(model, sample, self.mode)
-            with self._context():
+            with self._context(), self._running():
                 self.profile = profile(self.model, *self.task.arguments(self.batch), units=units)
         except Exception:
             if any(isinstance(t, FakeTensor) for t in (*model.parameters(), *tensors_in(sample))):
@@ -329,7 +329,11 @@ class _Bench:
             self.mode = None
             self.model = copy.deepcopy(model)
             self.batch = tree_map_only(Tensor, lambda t: t.detach().clone(), sample)
-            self.profile = profile(self.model, *self.task.arguments(self.batch), units=units)
+            with self._running():
+                self.profile = profile(self.model, *self.task.arguments(self.batch), units=units)
+
+    def _running(self) -> contextlib.AbstractContextManager[Any]:
+        return self.task.running(self.model) if self.rule.local else contextlib.nullcontext()
 
     @contextlib.contextmanager
     def _context(self) -> Iterator[None]:
@@ -380,7 +384,7 @@ class _Bench:
 
     @functools.cached_property
     def pieces(self) -> dict[str, Piece]:
-        with self._context():
+        with self._context(), self._running():
             args, kwargs = self.task.arguments(self.batch)
             return measure_pieces(self.model, args, kwargs, self.profile, assume=self.task.assumes)
 

@@ -590,4 +590,6 @@ def _grid_of(tokens: int, image: tuple[int, int]) -> tuple[int, int] | None:
                 best = (h, w)
     if best is None or abs(best[0] / best[1] - wanted) > 0.1 * wanted:
         return None
-    return best
+    patch = max(1, round(image[0] / best[0]))  # else as many tokens by chance, as the anchors of a detector
+    whole = all(side in (pixels // patch, -(-pixels // patch)) for side, pixels in zip(best, image, strict=True))
+    return best if whole else None

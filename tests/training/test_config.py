@@ -81,7 +81,7 @@ def test_recipes(name):
     text = (recipe_folder() / f"{name}.toml").read_text()
     assert "Source" in text
     assert all("#" in line for line in text.splitlines() if line.startswith(("epochs", "batch", "lr", "warmup")))
-    assert config.rule == ("e2e" if config.task == "detection" else "glcan")
+    assert config.rule == "glcan"
     assert load_recipe(name, epochs=200).epochs == 200
 
 

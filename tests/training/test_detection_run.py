@@ -50,7 +50,7 @@ def test_a_run_and_its_metrics(tmp_path: Path) -> None:
     assert summary.val_metrics
     assert summary.classes == scenes.kinds()[0]
     assert summary.preprocessing == {"channels": 3, "size": 64}
-    assert (summary.steps, summary.blocks) == (6, 1)
+    assert (summary.steps, summary.blocks) == (6, 4)
     model = load_model(tmp_path / "run")
     assert not model.training
     assert model.transform.min_size == (64,)
@@ -81,14 +81,14 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path, before_step: Cal
             next(learner.model.head.parameters()).fill_(math.nan)
 
     before_step(2, spoil)
-    with pytest.raises(NonFiniteLoss, match="block1"):
+    with pytest.raises(NonFiniteLoss, match="block4"):
         train(few(), tmp_path / "run", progress=False)
 
 
 def test_what_does_not_fit_is_refused_before_training(tmp_path: Path) -> None:
     data = load_data(few())
-    with pytest.raises(ConfigError, match="serves classification, super-resolution, not the task 'detection'"):
-        build(few(rule="glcan"), data)
+    with pytest.raises(ConfigError, match="'backbone' is for classification"):
+        build(few(rule="glcan", rule_options={"unit": "backbone"}), data)
     with pytest.raises(ConfigError, match="cifar_resnet20.*(refuses|returned)"):
         build(few(model="cifar_resnet20", model_options={}), data)
     with pytest.raises(DataError, match="not in COCO's layout"):
@@ -104,8 +104,8 @@ def test_images_of_mixed_sizes_from_files(tmp_path: Path) -> None:
 
 
 def test_the_command_that_plans() -> None:
-    def found(*arguments: str) -> dict[str, Any]:
-        common = ["--task", "detection", "--rule", "e2e", "--batch", "2", "--json"]
+    def found(*arguments: str, rule: str = "e2e") -> dict[str, Any]:
+        common = ["--task", "detection", "--rule", rule, "--batch", "2", "--json"]
         result = CliRunner().invoke(app, ["plan", *arguments, *common])
         assert result.exit_code == 0, result.output
         plan: dict[str, Any] = json.loads(result.output)
@@ -117,6 +117,10 @@ def test_the_command_that_plans() -> None:
     asked = found("fcos_small", "--image", "64x96", "--classes", "3", *own)
     assert asked["peak_bytes"] == small["peak_bytes"]  # the model does not resize what it is planned for
     assert found("fcos_small")["image"] == [160, 160]
+    for rule in ("dgl", "glcan"):
+        local = found("fcos_small", "--blocks", "4", rule=rule)
+        assert (local["rule"], local["blocks"]) == (rule, 4)
+        assert local["vs_e2e"]["activation_ratio"] < 0.6
 
 
 def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,10 +150,10 @@ def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "none" in table
     assert "--top is not for the run's task 'detection'" in glcan("predict", "run", "a/one.jpg", "--top", "2", code=2)
     assert Path("elsewhere/one.png").is_file()
-    methods = ["--methods", "e2e,checkpoint", "--share-exact"]
-    glcan("compare", "detection", "--out", "compared", "--quiet", *methods, *small)
+    glcan("compare", "detection", "--out", "compared", "--quiet", "--share-exact", *small)
     compared = json.loads(Path("compared/comparison.json").read_text())
-    assert [method["metric"]["name"] for method in compared["methods"]] == ["test_map", "test_map"]
+    assert [method["name"] for method in compared["methods"]] == ["e2e", "checkpoint", "dgl:4", "glcan:4"]
+    assert {method["metric"]["name"] for method in compared["methods"]} == {"test_map"}
 
 
 def test_a_tenth_at_the_milestones() -> None:

@@ -14,11 +14,12 @@ from glcan.cli.options import Recipe, Task, configure, free_folder, settings
 def compare(
     task: Task = "classification",
     methods: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="Methods, separated by commas: baselines (e2e, checkpoint, checkpoint-sqrt) and RULE:BLOCKS."
+            help="Methods, separated by commas: baselines (e2e, checkpoint, checkpoint-sqrt) and RULE:BLOCKS. "
+            "[default: e2e,checkpoint,glcan:4; detection e2e,checkpoint,dgl:4,glcan:4]"
         ),
-    ] = "e2e,checkpoint,glcan:4",
+    ] = None,
     seeds: Annotated[str, typer.Option(help="Seeds, separated by commas; each method is trained with each.")] = "0",
     out: Annotated[
         Path | None, typer.Option(help="Directory of the comparison; default: a new one under runs/.")
@@ -35,7 +36,8 @@ def compare(
     """Compare methods: the task's metric, peak memory and step time, each against end-to-end training.
 
     Without arguments: end-to-end, activation checkpointing and GLCAN with 4 blocks on the embedded digits; for
-    super-resolution on the bundled photographs, with bicubic enlargement beside them.
+    super-resolution on the bundled photographs, with bicubic enlargement beside them; for detection on the embedded
+    scenes, with the rule dgl too.
     """
     from rich.console import Console
 
@@ -50,6 +52,8 @@ def compare(
     config = configure(task, given, recipe)
     if out is None:
         out = free_folder(f"compare-{Path(config.data).name}-{config.model}".replace("/", "_").replace(":", "."))
+    if methods is None:
+        methods = "e2e,checkpoint,dgl:4,glcan:4" if config.task == "detection" else "e2e,checkpoint,glcan:4"
     names = [name.strip() for name in methods.split(",") if name.strip()]
     result = run_comparison(config, names, numbers, out, progress=not quiet, share_exact=share_exact)
     if quiet:

@@ -8,9 +8,10 @@ from typing import Any
 from glcan.errors import UnknownName
 from glcan.rules.base import Rule, Site
 from glcan.rules.baselines import Checkpoint, CheckpointSqrt, EndToEnd
+from glcan.rules.dgl import DGL
 from glcan.rules.glcan import GLCAN
 
-RULES: dict[str, type[Rule]] = {rule.name: rule for rule in (EndToEnd, Checkpoint, CheckpointSqrt, GLCAN)}
+RULES: dict[str, type[Rule]] = {rule.name: rule for rule in (EndToEnd, Checkpoint, CheckpointSqrt, DGL, GLCAN)}
 
 __all__ = ["RULES", "Rule", "Site", "create", "names"]
 

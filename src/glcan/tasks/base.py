@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Task(ABC):
@@ -42,6 +43,10 @@ class Task(ABC):
     def part(self, batch: tuple[Any, ...], start: int, stop: int) -> tuple[Any, ...]:
         """The images from ``start`` to ``stop`` of a batch; by default each item is cut along its first dimension."""
         return tuple(item[start:stop] for item in batch)
+
+    def running(self, model: nn.Module) -> contextlib.AbstractContextManager[Any]:
+        """Entered around each forward pass of a model in blocks, and around its profile."""
+        return contextlib.nullcontext()
 
     @abstractmethod
     def loss(self, output: Any, batch: tuple[Any, ...]) -> Tensor:

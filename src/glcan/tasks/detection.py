@@ -5,16 +5,18 @@ Shapes: B images of a batch, N boxes of one image, C channels, H height, W width
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from glcan.errors import ConfigError, DataError
 from glcan.tasks.base import Task
 
+_PART = 2**21  # predictions for which the losses are computed at a time: 8 MiB of them
 _EXAMPLE_BOXES = 7  # of an image; COCO's have 7.3 on average
 
 
@@ -31,6 +33,11 @@ class Detection(Task):
     name: ClassVar[str] = "detection"
     assumes: ClassVar[bool] = True
     """One-stage detectors match anchors to boxes by masks alone, and run on fake tensors; others fall back."""
+
+    def __init__(self) -> None:
+        self._seen: tuple[Any, Any] | None = (
+            None  # the first image of a batch, and what the transform made of the batch
+        )
 
     def arguments(self, batch: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if len(batch) != 2:
@@ -56,11 +63,143 @@ class Detection(Task):
                 "scalar losses, as torchvision's do. Call model.train() first, or wrap the model so that it does."
             )
 
+    @contextlib.contextmanager
+    def running(self, model: nn.Module) -> Iterator[None]:
+        """Keeps what the model's transform makes of a batch, and computes the losses of its head in parts."""
+        transform = getattr(model, "transform", None)
+        handle = None
+
+        def keep(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+            if arguments and len(arguments[0]):
+                self._seen = arguments[0][0], output
+
+        if isinstance(transform, nn.Module):
+            handle = transform.register_forward_hook(keep)
+        try:
+            with losses_in_parts(model):
+                yield
+        finally:
+            self._seen = None
+            if handle is not None:
+                handle.remove()
+
+    def transformed(self, batch: tuple[Any, ...], transform: nn.Module) -> tuple[Any, list[dict[str, Tensor]]]:
+        """Images and targets as the model's transform left them (resized, perhaps at random) in this very step.
+
+        For a batch that the model is not running on, the transform is run.
+        """
+        images, targets = batch
+        if self._seen is not None and self._seen[0] is images[0]:
+            found = self._seen[1]
+        else:
+            found = transform(list(images), [dict(target) for target in targets])
+        return found[0], found[1]
+
     def loss(self, output: Any, batch: tuple[Any, ...]) -> Tensor:
         return total_loss(output, "The model")
 
     def local_loss(self, prediction: Any, batch: tuple[Any, ...]) -> Tensor:
         return total_loss(prediction, "An auxiliary network")
+
+
+@contextlib.contextmanager
+def losses_in_parts(model: nn.Module) -> Iterator[None]:
+    """The losses of torchvision's RetinaNet and FCOS are computed and differentiated for some anchors at a time.
+
+    The loss of 163,000 anchors and 91 classes holds more memory than the heads that predict them. In parts, and with
+    the gradient of the predictions in place of everything that leads to it, it holds little more than the predictions.
+    The gradient is the same up to rounding: these losses are sums over anchors, divided by numbers in which no weight
+    has a part. Other models run as they are.
+    """
+    head = getattr(model, "head", None)
+    divisor = _divisor(head)
+    if divisor is None or "compute_loss" in vars(head):
+        yield
+        return
+    whole = head.compute_loss  # type: ignore[union-attr]
+
+    def in_parts(
+        targets: list[dict[str, Tensor]], outputs: dict[str, Tensor], anchors: list[Tensor], matched: list[Tensor]
+    ) -> dict[str, Tensor]:
+        names: list[str] = []
+
+        def loss(image: int, some: slice, mine: Sequence[Tensor]) -> list[Tensor]:
+            match = matched[image][some]
+            losses = whole(
+                [targets[image]], dict(zip(outputs, mine, strict=True)), [anchors[image][some]], [match]
+            )  # divided by the number of anchors on objects in this part
+            names[:] = losses
+            multiplied, divided = _on_objects([match]), divisor(matched, image)
+            return [value * multiplied / divided for value in losses.values()]
+
+        # seen by the isolation as an operation of the glue, as the losses themselves would be
+        found = _InParts.apply(loss, *(output.view_as(output) for output in outputs.values()))
+        return dict(zip(names, found, strict=True))
+
+    vars(head)["compute_loss"] = in_parts
+    try:
+        yield
+    finally:
+        del vars(head)["compute_loss"]
+
+
+def _on_objects(matched: list[Tensor]) -> Tensor:
+    """How many anchors are on objects; 1 if none, as torchvision divides."""
+    return torch.stack([(match >= 0).sum() for match in matched]).sum().clamp(min=1)
+
+
+def _divisor(head: Any) -> Callable[[list[Tensor], int], Tensor] | None:
+    """What an image's anchors' losses are divided by, given the matches of all images; None: not known."""
+    if head is None:
+        return None
+    from torchvision.models.detection.fcos import FCOSHead
+    from torchvision.models.detection.retinanet import RetinaNetHead
+
+    if type(head) is RetinaNetHead:  # the image's anchors on objects; then the mean over images
+        return lambda matched, image: _on_objects([matched[image]]) * len(matched)
+    if type(head) is FCOSHead:  # the batch's places in objects
+        return lambda matched, image: _on_objects(matched)
+    return None
+
+
+class _InParts(torch.autograd.Function):
+    """Losses of predictions [B, N, C], which are going to be added up, part by part; keeps their gradient alone."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, loss: Callable[[int, slice, Sequence[Tensor]], list[Tensor]], *outputs: Tensor
+    ) -> tuple[Tensor, ...]:
+        wide = [torch.float32 if o.dtype == torch.float16 else o.dtype for o in outputs]  # float16 would underflow
+        ctx.gradients = [torch.zeros_like(o, dtype=dtype) for o, dtype in zip(outputs, wide, strict=True)]
+        images, anchors = outputs[0].shape[:2]
+        step = max(1, _PART // max(o.shape[-1] for o in outputs))
+        losses: list[Tensor] = []
+        for image in range(images):
+            for start in range(0, anchors, step):
+                some = slice(start, start + step)
+                with torch.enable_grad():
+                    mine = [
+                        o.detach()[image : image + 1, some].to(dtype).requires_grad_()
+                        for o, dtype in zip(outputs, wide, strict=True)
+                    ]
+                    parts = loss(image, some, mine)
+                    found = torch.autograd.grad(sum(parts[1:], start=parts[0]), mine, allow_unused=True)
+                for gradient, part in zip(ctx.gradients, found, strict=True):
+                    if part is not None:
+                        gradient[image : image + 1, some] = part
+                parts = [part.detach() for part in parts]
+                losses = [a + b for a, b in zip(losses, parts, strict=True)] if losses else parts
+                del mine, parts, found, gradient, part
+        return tuple(losses)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, *by_loss: Tensor) -> tuple[Any, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError("These losses were computed in parts; their backward pass can be run once only.")
+        gradients, ctx.gradients = ctx.gradients, None
+        # the losses are added up, so all of them have the same gradient
+        return None, *(gradient.mul_(by_loss[0]) for gradient in gradients)
 
 
 def total_loss(losses: Any, origin: str) -> Tensor:

@@ -35,7 +35,6 @@ TASK_DEFAULTS: dict[str, dict[str, Any]] = {
     "detection": {
         "model": "fcos_small",
         "data": "scenes",
-        "rule": "e2e",  # until a local rule serves detection
         "batch": 8,
         "optimizer": "adamw",
         "lr": 1e-3,

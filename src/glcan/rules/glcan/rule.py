@@ -25,7 +25,9 @@ from torch import nn
 from glcan.errors import ConfigError
 from glcan.profile import Feature
 from glcan.rules.base import Rule, Site
+from glcan.rules.dense_head import DenseHead, pyramid_grids, scale_of, total_classes
 from glcan.rules.glcan.classification import ClassificationAuxiliary
+from glcan.rules.glcan.detection import DetectionAuxiliary, fit_width, levels_of
 from glcan.rules.glcan.skeleton import (
     BackboneSkeleton,
     Level,
@@ -35,13 +37,17 @@ from glcan.rules.glcan.skeleton import (
     strides_of,
     widths_of,
 )
-from glcan.rules.glcan.super_resolution import SuperResolutionAuxiliary, fit_width
+from glcan.rules.glcan.super_resolution import SuperResolutionAuxiliary
+from glcan.rules.glcan.super_resolution import fit_width as fit_detail
 from glcan.tasks.classification import Classification
+from glcan.tasks.detection import Detection
 from glcan.tasks.super_resolution import SuperResolution
 
-_BUDGETS = {"classification": 0.07, "super-resolution": 0.12}
+_BUDGETS = {"classification": 0.07, "super-resolution": 0.12, "detection": 0.09}
 # Super-resolution: channels of the global branch, the widest map at full resolution, parts of a batch.
 _CONTEXT, _WIDEST, _PARTS = 32, 32, 8
+# Detection: convolutions before the head's predictions.
+_TOWER = 2
 
 
 class GLCAN(Rule):
@@ -49,7 +55,7 @@ class GLCAN(Rule):
 
     name: ClassVar[str] = "glcan"
     summary: ClassVar[str] = "global-local collaborative auxiliary networks (arXiv 2406.00446; our construction)"
-    tasks: ClassVar[tuple[str, ...]] = ("classification", "super-resolution")
+    tasks: ClassVar[tuple[str, ...]] = ("classification", "super-resolution", "detection")
 
     @dataclasses.dataclass(frozen=True)
     class Config:
@@ -57,9 +63,9 @@ class GLCAN(Rule):
 
         Attributes:
             budget: forward FLOPs of all auxiliary networks together, as a share of the model's; none: the task's own
-                default, 0.07 for classification, 0.12 for super-resolution.
+                default, 0.07 for classification, 0.12 for super-resolution, 0.09 for detection.
             unit_share: each auxiliary network may cost this share of the model's average unit even where the budget
-                would give it less, as with many blocks.
+                would give it less, as with many blocks. Not of detectors, most of which is their heads.
             unit_cost: each unit of the skeleton may cost this share of the real unit that it stands for; 0: no limit.
             memory: bytes that an auxiliary network may hold, in multiples of the model's largest boundary. With 2, it
                 hardly ever sets the peak: the backward pass of a block that ends at that boundary needs as much anyway.
@@ -120,14 +126,38 @@ class GLCAN(Rule):
             return self._classification(site, site.task)
         if isinstance(site.task, SuperResolution):
             return self._super_resolution(site, site.task)
+        if isinstance(site.task, Detection):
+            return self._detection(site, site.task)
         raise ConfigError(f"The rule 'glcan' serves {', '.join(self.tasks)}, not {site.task.name!r}.")
 
     def _share(self, site: Site) -> float:
         """Forward FLOPs that an auxiliary network may cost, for the whole batch."""
         weighted = sum(unit.weights > 0 for unit in site.profile.units)
         budget = self.config.budget or _BUDGETS[site.task.name]
-        share = max(budget / max(1, site.blocks - 1), self.config.unit_share / max(1, weighted))
+        share = budget / max(1, site.blocks - 1)
+        if not isinstance(site.task, Detection):
+            share = max(share, self.config.unit_share / max(1, weighted))
         return site.profile.flops * share
+
+    def _detection(self, site: Site, task: Detection) -> nn.Module:
+        if self.config.unit == "backbone":
+            raise ConfigError("glcan.unit='backbone' is for classification; leave it out for detection.")
+        transform = getattr(site.model, "transform", None)
+        if not isinstance(transform, nn.Module):
+            raise ConfigError(
+                f"{type(site.model).__name__} has no sub-module 'transform', which torchvision's detectors "
+                "resize images and boxes with; the auxiliary networks need the boxes as the model sees them."
+            )
+        context = self.config.use_global
+        levels = levels_of(site.features, pyramid_grids(site.profile))
+        classes = total_classes(site.model)
+        if self.config.width is not None:
+            width = max(8, 8 * round(self.config.width * site.features[site.main].channels / 8))
+        else:
+            each = self._share(site) / site.profile.batch
+            width = fit_width(site.features, levels, _TOWER, classes, context, each)
+        head = DenseHead(width, _TOWER, classes, scale_of(site.model, site.profile))
+        return DetectionAuxiliary(site.features, levels, task, transform, head, width, self.config.use_local, context)
 
     def _super_resolution(self, site: Site, task: SuperResolution) -> nn.Module:
         if self.config.unit == "backbone":
@@ -141,7 +171,7 @@ class GLCAN(Rule):
             width = max(4, 4 * round(self.config.width * feature.channels / 4))
         else:
             pixels = site.profile.batch * math.prod(feature.grid)
-            width = fit_width(
+            width = fit_detail(
                 feature.channels,
                 task.channels,
                 scale,

@@ -1,0 +1,148 @@
+"""The auxiliary network of detection: a small pyramid from the block's own maps down, and a light head on it.
+
+- *local branch*: each map that leaves the block, as a level of the pyramid at (about) its own scale;
+- *global branch*: the macro-skeleton of what is still to come, one strided convolution for each coarser level;
+- *collaboration*: from the coarsest level up, each is added to the next finer one, as in a feature pyramid (Lin et al.
+  2017, arXiv 1612.03144), and all of them go through the same head.
+
+Nothing is computed at a finer scale than the detector's own finest level: maps are reduced to it first.
+
+Shapes: B batch, C channels, H x W a map.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from glcan.isolation import Boundary
+from glcan.profile import Feature
+from glcan.rules.dense_head import DenseHead, convolution, head_flops
+from glcan.rules.glcan.skeleton import as_map
+from glcan.tasks.detection import Detection
+
+STEP = 16
+"""Widths are multiples of this."""
+
+
+def levels_of(features: Sequence[Feature], pyramid: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The grids of an auxiliary network's pyramid: the detector's own, from the block's finest map down."""
+    finest = max(feature.grid for feature in features)
+    if finest >= pyramid[0]:
+        return list(pyramid)
+    return [finest, *(grid for grid in pyramid if grid < finest)]
+
+
+def nearest_level(grid: tuple[int, int], levels: Sequence[tuple[int, int]]) -> int:
+    """The level whose grid is the nearest one to a map's (in octaves)."""
+    return min(range(len(levels)), key=lambda i: abs(math.log2(levels[i][0] / grid[0])))
+
+
+def pyramid_flops(
+    features: Sequence[Feature],
+    levels: Sequence[tuple[int, int]],
+    width: int,
+    depth: int,
+    classes: int,
+    context: bool,
+) -> float:
+    """Forward FLOPs of `DetectionAuxiliary` for each image."""
+    flops = 0.0
+    shown = levels if context else levels[:1]
+    for i, grid in enumerate(shown):
+        flops += math.prod(grid) * (head_flops(width, depth, classes) + (18.0 * width * width if i else 0))
+    for feature in features:
+        flops += 2.0 * feature.channels * width * math.prod(levels[nearest_level(feature.grid, levels)])
+    return flops
+
+
+class DetectionAuxiliary(nn.Module):
+    """Maps of a block -> a dict of losses.
+
+    Args:
+        features: of the tensors that enter the cut.
+        levels: grids of the pyramid, the finest one first; see `levels_of`.
+        task: whose transformed targets are learned.
+        transform: the detector's own, for batches that the detector has not seen.
+        head: shared by the levels.
+        width: channels of all levels.
+        local: the block's own maps are levels themselves; without, they only feed the coarser ones.
+        context: the levels coarser than the block's own ones.
+    """
+
+    def __init__(
+        self,
+        features: tuple[Feature, ...],
+        levels: Sequence[tuple[int, int]],
+        task: Detection,
+        transform: nn.Module,
+        head: DenseHead,
+        width: int,
+        local: bool = True,
+        context: bool = True,
+    ) -> None:
+        super().__init__()
+        self.features, self.task, self.local = features, task, local
+        self.levels = list(levels if context else levels[:1])
+        self._transform = (transform,)  # a tuple, so that the model's module does not become ours
+        self.at = [nearest_level(f.grid, self.levels) for f in features]
+        self.reduction = [max(1, round(f.grid[0] / self.levels[i][0])) for f, i in zip(features, self.at, strict=True)]
+        self.lateral = nn.ModuleList(nn.Conv2d(f.channels, width, 1) for f in features)
+        coarser = zip(self.levels, self.levels[1:], strict=False)
+        self.units = nn.ModuleList(convolution(width, width, max(1, round(a[0] / b[0]))) for a, b in coarser)
+        self.head = head
+        for layer in self.lateral:
+            assert isinstance(layer, nn.Conv2d)
+            assert layer.bias is not None
+            nn.init.kaiming_normal_(layer.weight, mode="fan_in", nonlinearity="linear")
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, boundary: Boundary, batch: Any) -> dict[str, Tensor]:
+        """-> the losses of classes, boxes and centerness."""
+        images, targets = self.task.transformed(batch, self._transform[0])
+        maps: list[Tensor | None] = [None] * len(self.levels)
+        for tensor, feature, lateral, level, reduction in zip(
+            boundary.entering, self.features, self.lateral, self.at, self.reduction, strict=True
+        ):
+            own = as_map(tensor, feature)
+            maps[level] = _sum(maps[level], lateral(F.avg_pool2d(own, reduction, ceil_mode=True)))
+        for i, unit in enumerate(self.units):
+            finer = maps[i]
+            assert finer is not None  # the block's finest map is the first level
+            maps[i + 1] = _sum(unit(finer), maps[i + 1])
+        fused = [maps.pop()]
+        while maps:
+            own_level = None if len(maps) == 1 and not self.local else maps[-1]
+            size = maps.pop()
+            assert size is not None
+            assert fused[0] is not None
+            fused.insert(0, _sum(own_level, F.interpolate(fused[0], size=size.shape[-2:])))
+        losses: dict[str, Tensor] = self.head(fused, images, targets)
+        return losses
+
+
+def _sum(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    """The sum of the maps that are there, in the first one's resolution."""
+    if first is None or second is None:
+        return second if first is None else first
+    if first.shape != second.shape:
+        second = F.interpolate(second, size=first.shape[-2:])
+    return first + second
+
+
+def fit_width(
+    features: Sequence[Feature],
+    levels: Sequence[tuple[int, int]],
+    depth: int,
+    classes: int,
+    context: bool,
+    flops: float,
+) -> int:
+    """The widest pyramid, a multiple of 16 from 16 to 256, within so many forward FLOPs per image."""
+    widths = range(STEP, 256 + 1, STEP)
+    fits = [w for w in widths if pyramid_flops(features, levels, w, depth, classes, context) <= flops]
+    return max(fits, default=STEP)

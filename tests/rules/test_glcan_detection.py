@@ -1,0 +1,216 @@
+"""GLCAN for detection: the pyramid and its head, the targets it learns, its budget, and the losses in parts."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD
+from torch.utils.flop_counter import FlopCounterMode
+
+from glcan import LocalLearner, plan, profile
+from glcan.errors import ConfigError
+from glcan.isolation import Boundary
+from glcan.models import create
+from glcan.rules.dense_head import DenseHead, pyramid_grids, scale_of, total_classes
+from glcan.rules.glcan.detection import DetectionAuxiliary, fit_width, levels_of, pyramid_flops
+from glcan.tasks import Detection, detection
+
+SMALL = ["retinanet_small", "fcos_small"]
+CUTS = ["backbone.body.layer2.0", "backbone.body.layer3.1"]
+
+
+def batch(dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    draw = torch.Generator().manual_seed(1)
+    images = [torch.rand(3, 64, 64, generator=draw), torch.rand(3, 48, 64, generator=draw)]
+    boxes = torch.tensor([[4.0, 4.0, 40.0, 44.0], [20.0, 2.0, 60.0, 30.0]], dtype=dtype)
+    none = {"boxes": torch.zeros(0, 4, dtype=dtype), "labels": torch.zeros(0, dtype=torch.int64)}
+    return [image.to(dtype) for image in images], [{"boxes": boxes, "labels": torch.tensor([3, 1])}, none]
+
+
+def detector(name: str, **options: Any) -> nn.Module:
+    torch.manual_seed(0)
+    few = {"rpn_pre_nms_top_n_train": 50, "rpn_post_nms_top_n_train": 20, "box_batch_size_per_image": 16}
+    return create(name, num_classes=4, **({"image_size": 64} | options | (few if "rcnn" in name else {}))).train()
+
+
+def networks(learner: LocalLearner) -> list[DetectionAuxiliary]:
+    found = [network for network in learner.auxiliary.values() if isinstance(network, DetectionAuxiliary)]
+    assert len(found) == learner.plan.blocks - 1
+    return found
+
+
+@pytest.mark.parametrize("anchors", [1, 7, 10**6])
+@pytest.mark.parametrize("name", SMALL)
+def test_losses_in_parts_are_the_losses(name: str, anchors: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(detection, "_PART", anchors * 4)  # four classes
+    model = detector(name).double()
+    parameters = list(model.parameters())
+    whole = model(*batch(torch.float64))
+    wanted = torch.autograd.grad(sum(whole.values()), parameters)
+    with detection.losses_in_parts(model):
+        parts = model(*batch(torch.float64))
+        assert list(parts) == list(whole)
+        for loss in whole:
+            torch.testing.assert_close(parts[loss], whole[loss], rtol=1e-12, atol=1e-12)
+        total = sum(parts.values())
+        found = torch.autograd.grad(2 * total, parameters, retain_graph=True)
+        with pytest.raises(RuntimeError, match="once only"):
+            torch.autograd.grad(total, parameters)
+    torch.testing.assert_close(found, tuple(2 * gradient for gradient in wanted), rtol=1e-6, atol=1e-9)
+    assert "compute_loss" not in vars(model.head)
+
+
+def test_losses_of_other_heads_stay_as_they_are() -> None:
+    model = detector("fasterrcnn_resnet18_fpn")
+    with detection.losses_in_parts(model):
+        assert not hasattr(model, "head")
+    with detection.losses_in_parts(nn.Linear(1, 1)):
+        pass
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_the_last_block_learns_from_the_models_own_losses(name: str) -> None:
+    learner = LocalLearner(detector(name), "detection", batch(), cuts=CUTS)
+    losses = learner.backward(*batch())
+    plain = sum(detector(name)(*batch()).values())
+    torch.testing.assert_close(losses["block3"], plain.detach())
+
+
+@pytest.mark.parametrize("name", [*SMALL, "fasterrcnn_resnet18_fpn"])
+def test_every_detector_learns_in_blocks(name: str) -> None:
+    learner = LocalLearner(detector(name), "detection", batch(), cuts=CUTS, optimizer=partial(SGD, lr=1e-2))
+    first = learner.step(*batch())
+    for _ in range(8):
+        last = learner.step(*batch())
+    assert all(last[block] < first[block] for block in ("block1", "block2"))
+
+
+def test_auxiliary_networks_learn_the_targets_as_the_model_sees_them() -> None:
+    learner = LocalLearner(detector("fcos_small", min_size=[48, 64, 80], max_size=96), "detection", batch(), cuts=CUTS)
+    task = learner.task
+    assert isinstance(task, Detection)
+    seen: list[Any] = []
+    for network in networks(learner):
+        network.head.register_forward_pre_hook(lambda module, given: seen.append(given[1:]))
+    made: list[Any] = []
+    learner.model.transform.register_forward_hook(lambda module, given, output: made.append(output))  # type: ignore[union-attr]
+    sizes = set()
+    for _ in range(8):  # the size is drawn at random
+        learner.backward(*batch())
+        assert len(made) == 1
+        images, targets = made.pop()
+        assert len(seen) == 2
+        assert all(given[0] is images and given[1] is targets for given in seen)
+        sizes.add(images.tensors.shape[-2:])
+        seen.clear()
+    assert len(sizes) > 1
+    assert task.transformed(batch(), learner.model.transform)[0].tensors.shape[0] == 2  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("budget", "blocks"), [(0.05, 3), (0.09, 4), (0.3, 4)])
+def test_the_budget_is_kept(budget: float, blocks: int) -> None:
+    learner = LocalLearner(
+        detector("fcos_small", image_size=160),
+        "detection",
+        ([torch.rand(3, 160, 160)] * 2, [batch()[1][0]] * 2),
+        blocks=blocks,
+        rule_options={"budget": budget},
+    )
+    sample = ([torch.rand(3, 160, 160)] * 2, [batch()[1][0]] * 2)
+    each = budget / (blocks - 1) * learner.profile.flops
+    for network in networks(learner):
+        entering = tuple(torch.rand(f.shape) for f in network.features)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            network(Boundary(0, "", entering), sample)
+        width = network.lateral[0].out_channels
+        foreseen = 2 * pyramid_flops(network.features, network.levels, int(width), 2, 4, True)
+        assert counter.get_total_flops() == pytest.approx(foreseen, rel=0.01)
+        assert counter.get_total_flops() <= each or width == 16
+
+
+def test_more_budget_gives_wider_pyramids() -> None:
+    model = detector("retinanet_small", image_size=160)
+    found = profile(model, *Detection().arguments(([torch.rand(3, 160, 160)] * 2, batch()[1])))
+    features = found.unit(CUTS[0]).entering
+    levels = levels_of(features, pyramid_grids(found))
+    assert levels == [(20, 20), (10, 10), (5, 5)]
+    widths = [fit_width(features, levels, 2, 4, True, flops) for flops in (0.0, 1e7, 1e8, 1e12)]
+    assert widths == sorted(widths)
+    assert widths[0] == 16
+    assert widths[-1] == 256
+    assert total_classes(model) == 4
+    assert scale_of(model, found) == 0.5
+
+
+def test_levels_begin_at_the_blocks_own_scale() -> None:
+    learner = LocalLearner(detector("fcos_small"), "detection", batch(), cuts=CUTS)
+    first, second = networks(learner)
+    assert first.levels == [(8, 8), (4, 4), (2, 2)]  # its own map is 16 x 16, finer than the detector's finest level
+    assert first.reduction == [2]
+    assert second.levels == [(4, 4), (2, 2)]
+    alone = LocalLearner(
+        detector("fcos_small"), "detection", batch(), cuts=CUTS, rule="dgl", rule_options={"budget": 0.5}
+    )
+    assert [network.levels for network in networks(alone)] == [[(8, 8)], [(4, 4)]]
+
+
+def test_a_cut_behind_the_pyramid_hands_on_all_of_its_levels() -> None:
+    learner = LocalLearner(detector("fcos_small"), "detection", batch(), cuts=["backbone.body.layer2.0", "head"])
+    *_, last = networks(learner)
+    assert last.at == [0, 1, 2]
+    learner.backward(*batch())
+    assert all(p.grad is not None for p in learner.model.backbone.fpn.parameters())  # type: ignore[union-attr]
+
+
+def test_without_the_local_branch_the_finest_level_comes_from_the_coarser_ones() -> None:
+    options = {"use_local": False}
+    learner = LocalLearner(detector("fcos_small"), "detection", batch(), cuts=CUTS, rule_options=options)
+    for network in networks(learner):
+        given: list[Any] = []
+        network.head.register_forward_pre_hook(lambda module, inputs, given=given: given.append(inputs[0]))
+        network(Boundary(0, "", tuple(torch.rand(f.shape) for f in network.features)), batch())
+        ((finest, coarser, *_),) = given
+        assert torch.equal(finest[..., ::2, ::2], coarser)
+
+
+def test_a_head_on_maps_of_other_sizes() -> None:
+    head = DenseHead(16, 1, 4, 1.0)
+    images, targets = Detection().transformed(batch(), detector("fcos_small").transform)  # type: ignore[arg-type]
+    assert images.tensors.shape[-2:] == (64, 64)
+    losses = head([torch.rand(2, 16, 8, 8), torch.rand(2, 16, 3, 5)], images, targets)
+    assert set(losses) == {"classification", "bbox_regression", "bbox_ctrness"}
+    assert all(math.isfinite(loss) for loss in losses.values())
+
+
+def test_it_needs_less_memory_than_end_to_end_training() -> None:
+    model = detector("retinanet_small", image_size=160)
+    sample = ([torch.rand(3, 160, 160)] * 4, [batch()[1][0]] * 4)
+    found = plan(model, "detection", sample, blocks=4)
+    assert found.ratios("e2e")["activation_ratio"] < 0.5
+    assert found.ratios("e2e")["flops_ratio"] < 1.1
+
+
+def test_what_it_does_not_serve_is_refused() -> None:
+    with pytest.raises(ConfigError, match="'backbone' is for classification"):
+        LocalLearner(detector("fcos_small"), "detection", batch(), cuts=CUTS, rule_options={"unit": "backbone"})
+
+    class Bare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+
+        def forward(self, images: list[Tensor], targets: Any) -> dict[str, Tensor]:
+            return {"loss": self.second(self.first(torch.stack(images))).mean()}
+
+    images = [torch.rand(3, 32, 32)] * 2
+    with pytest.raises(ConfigError, match="Bare has no sub-module 'transform'"):
+        LocalLearner(Bare(), "detection", (images, batch()[1]), cuts=["second"])
+    with pytest.raises(ConfigError, match="Linear does not say how many classes"):
+        total_classes(nn.Linear(1, 1))
+    with pytest.raises(ConfigError, match=r"dgl.budget is 0"):
+        LocalLearner(detector("fcos_small"), "detection", batch(), cuts=CUTS, rule="dgl", rule_options={"budget": 0})
