@@ -136,14 +136,16 @@ def auxiliary_costs(
                 network = rule.build(Site(model, profile, task, cut, blocks)).train(model.training)
             key = (str(network), tuple(p.shape for p in network.parameters()), cut.entering)
             if key not in known:
-                known[key] = _meter(network, task, cut, batch, first)
+                known[key] = _meter(network, rule, task, cut, batch, first)
             costs[cut.name] = known[key]
         return costs
 
     return dry_run(model, batch, run, assume=task.assumes)
 
 
-def _meter(network: nn.Module, task: Task, cut: Unit, batch: tuple[Any, ...], like: Tensor) -> AuxiliaryCost:
+def _meter(
+    network: nn.Module, rule: Rule, task: Task, cut: Unit, batch: tuple[Any, ...], like: Tensor
+) -> AuxiliaryCost:
     parts = min(like.shape[0], getattr(network, "parts", 1))
     size = like.shape[0] // parts
     shapes = [(f.shape[0] // parts if parts > 1 else f.shape[0], *f.shape[1:]) for f in cut.entering]
@@ -151,7 +153,7 @@ def _meter(network: nn.Module, task: Task, cut: Unit, batch: tuple[Any, ...], li
     batch = task.part(batch, 0, size) if parts > 1 else batch
     meter = LiveMemory(auxiliary=network, inputs=(batch, entering))
     with torch.enable_grad(), meter:
-        task.local_loss(network(Boundary(0, cut.name, entering), batch), batch).backward()
+        rule.local_loss(task, network(Boundary(0, cut.name, entering), batch), batch).backward()
     gathered = sum(f.bytes for f in cut.entering) if parts > 1 else 0
     elements = sum(p.numel() for p in network.parameters())
     return AuxiliaryCost(meter.activation_peak_bytes + gathered, parts * meter.flops, elements)

@@ -150,7 +150,9 @@ class LocalLearner:
             self._check_trained()
         self.auxiliary = nn.ModuleDict(
             {
-                name: self.rule.build(Site(model, self.profile, self.task, self.plan.units[i + 1][0], self.plan.blocks))
+                name: self.rule.build(
+                    Site(model, self.profile, self.task, self.plan.units[i + 1][0], self.plan.blocks, i)
+                )
                 for i, name in enumerate(names[:-1])
                 if self._entering(i)
             }
@@ -416,7 +418,7 @@ class LocalLearner:
         def learn(boundary: Boundary, batch: tuple[Any, ...], share: float) -> Tensor:
             with checkpointed(network, runs):
                 prediction = network(boundary, batch)
-            loss = self.task.local_loss(prediction, batch)
+            loss = self.rule.local_loss(self.task, prediction, batch)
             if share != 1:
                 loss = loss * share
             del prediction

@@ -59,7 +59,9 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "e2e": [{}],
     "checkpoint": [{}],
     "checkpoint-sqrt": [{}],
-    "dgl": [{}, {"budget": 0.5}],
+    "predsim": [{}, {"beta": 0.0}],
+    "dgl": [{}],
+    "infopro": [{}, {"mode": "cross_entropy"}],
     "glcan": [
         {},
         {"use_local": False},
@@ -73,7 +75,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
 
 def classification_batch() -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(3)
-    return torch.randn(8, 3, 32, 32, generator=generator), torch.arange(8)
+    return torch.randn(8, 3, 32, 32, generator=generator), torch.arange(8) % 4
 
 
 def super_resolution_batch() -> tuple[Tensor, Tensor]:

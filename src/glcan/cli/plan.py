@@ -113,6 +113,8 @@ def plan(
         "precision": precision,
         "optimizer": optimizer,
     }
+    if isinstance(the_task, tasks.SuperResolution):
+        about["scale"] = the_task.scale
     console = Console(highlight=False)
     if max_batch:
         assert limit is not None

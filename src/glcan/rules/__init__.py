@@ -10,8 +10,12 @@ from glcan.rules.base import Rule, Site
 from glcan.rules.baselines import Checkpoint, CheckpointSqrt, EndToEnd
 from glcan.rules.dgl import DGL
 from glcan.rules.glcan import GLCAN
+from glcan.rules.infopro import InfoPro
+from glcan.rules.predsim import PredSim
 
-RULES: dict[str, type[Rule]] = {rule.name: rule for rule in (EndToEnd, Checkpoint, CheckpointSqrt, DGL, GLCAN)}
+RULES: dict[str, type[Rule]] = {
+    rule.name: rule for rule in (EndToEnd, Checkpoint, CheckpointSqrt, PredSim, DGL, InfoPro, GLCAN)
+}
 
 __all__ = ["RULES", "Rule", "Site", "create", "names"]
 

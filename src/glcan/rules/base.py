@@ -9,7 +9,7 @@ from abc import ABC
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from glcan.errors import ConfigError, UnknownName
 from glcan.profile import Feature, Profile, Unit
@@ -27,6 +27,7 @@ class Site:
         profile, task: of the learner.
         cut: the unit that begins the next block.
         blocks: K, of the plan.
+        block: the number of the block that ends here, from 0; none while cuts are being looked for.
     """
 
     model: nn.Module
@@ -34,6 +35,15 @@ class Site:
     task: Task
     cut: Unit
     blocks: int
+    block: int | None = None
+
+    @property
+    def depth(self) -> float:
+        """How deep the block stands: 0 the first one, 1 the last one that has an auxiliary network."""
+        if self.block is None:  # by the cut's place among all places
+            places = self.profile.cuttable
+            return places.index(self.cut.name) / max(1, len(places) - 1)
+        return self.block / max(1, self.blocks - 2)
 
     @property
     def features(self) -> tuple[Feature, ...]:
@@ -98,8 +108,12 @@ class Rule(ABC):
         self.config = read_config(self.name, self.Config, options or {})
 
     def build(self, site: Site) -> nn.Module:
-        """The auxiliary network of a block: ``auxiliary(boundary, batch)`` gives what ``task.local_loss`` takes."""
+        """The auxiliary network of a block: ``auxiliary(boundary, batch)`` gives what `local_loss` takes."""
         raise ConfigError(f"The rule {self.name!r} trains the whole model at once and has no auxiliary networks.")
+
+    def local_loss(self, task: Task, prediction: Any, batch: tuple[Any, ...]) -> Tensor:
+        """The loss of a block from what its auxiliary network returned; by default the task's own."""
+        return task.local_loss(prediction, batch)
 
     def segments(self, auxiliary: nn.Module) -> list[list[str]]:
         """Sub-modules of an auxiliary network, in chains, that may be recomputed; see `glcan.checkpointing`."""
