@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from glcan.errors import ConfigError, DataError
 from glcan.tasks.base import Task
 
-_PART = 2**21  # predictions for which the losses are computed at a time: 8 MiB of them
+_PART = 2**22  # predictions for which the losses are computed at a time: 16 MiB of them
 _EXAMPLE_BOXES = 7  # of an image; COCO's have 7.3 on average
 
 
