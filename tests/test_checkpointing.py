@@ -78,6 +78,21 @@ def test_bit_equal_to_plain_back_propagation(name: str, segments: Any) -> None:
         assert attributes.keys() == module.__dict__.keys()
 
 
+def test_a_unit_that_writes_into_its_input() -> None:
+    torch.manual_seed(0)
+    classifier = nn.Sequential(nn.Dropout(0.5, inplace=True), nn.Linear(8, 3))
+    model = nn.Sequential(nn.Linear(4, 8), classifier).train()
+    images = torch.randn(6, 4)
+
+    def gradients() -> list[torch.Tensor]:
+        torch.manual_seed(1)
+        return list(torch.autograd.grad(model(images).square().sum(), list(model.parameters())))
+
+    wanted = gradients()
+    with checkpointed(model, [["0"], ["1"]]):
+        assert all(torch.equal(found, other) for found, other in zip(gradients(), wanted, strict=True))
+
+
 def test_it_recomputes_and_saves_memory() -> None:
     model, batch = create("cifar_resnet32", num_classes=10), zoo.images(4, 32)
     found = profile(model, (batch,))

@@ -11,7 +11,7 @@ from tests.zoo import Small, assert_equal, gradients
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from glcan.dryrun import dry_run, fake_copy, uninitialized
+from glcan.dryrun import UntouchedParameters, dry_run, fake_copy, uninitialized
 from glcan.errors import GradientLeak
 
 
@@ -110,3 +110,18 @@ def test_uninitialized_models_draw_nothing() -> None:
     again = nn.Linear(8, 4)
     assert not torch.equal(torch.get_rng_state(), generator)
     assert again.weight.abs().max() < 1
+
+
+def test_parameters_that_nobody_writes_into() -> None:
+    draw = torch.random.get_rng_state()
+    with UntouchedParameters():
+        layer = nn.Linear(3, 2)
+        nn.init.constant_(layer.weight, 7.0)
+        layer.bias.requires_grad_(False)
+        plain = torch.zeros(2).add_(1)
+    assert torch.equal(torch.random.get_rng_state(), draw)
+    assert not (layer.weight == 7).any()
+    assert not layer.bias.requires_grad
+    assert torch.equal(plain, torch.ones(2))
+    nn.init.constant_(layer.weight, 7.0)
+    assert (layer.weight == 7).all()

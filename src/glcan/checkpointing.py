@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from glcan.profile import Profile
@@ -89,7 +89,11 @@ def _hand_on(value: Tensor) -> Tensor:
 def _recomputed(forwards: list[Callable[..., Any]], modules: list[nn.Module]) -> Callable[..., Any]:
     norms = [m for module in modules for m in module.modules() if isinstance(m, _NormBase) and m.track_running_stats]
 
+    writes = getattr(_first_leaf(modules[0]), "inplace", False)
+
     def chain(*args: Any, **kwargs: Any) -> Any:
+        if writes:  # into what the recomputation will begin with
+            args, kwargs = tree_map_only(Tensor, Tensor.clone, (args, kwargs))
         out = forwards[0](*args, **kwargs)
         for forward in forwards[1:]:
             out = forward(out)
@@ -106,6 +110,13 @@ def _recomputed(forwards: list[Callable[..., Any]], modules: list[nn.Module]) ->
         )
 
     return run
+
+
+def _first_leaf(module: nn.Module) -> nn.Module:
+    """The first module inside that has no others inside: a dropout in front of a classifier."""
+    while (first := next(module.children(), None)) is not None:
+        module = first
+    return module
 
 
 @contextlib.contextmanager

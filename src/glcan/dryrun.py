@@ -24,12 +24,13 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
 )
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from glcan.errors import GradientLeak, UnknownName
 
-__all__ = ["AssumedValues", "dry_run", "fake_copy", "uninitialized"]
+__all__ = ["AssumedValues", "UntouchedParameters", "dry_run", "fake_copy", "uninitialized"]
 
 T = TypeVar("T")
 
@@ -84,6 +85,22 @@ def uninitialized() -> Iterator[None]:
     finally:
         for name, function in before.items():
             setattr(nn.init, name, function)
+
+
+class UntouchedParameters(TorchFunctionMode):
+    """What would write into a parameter does nothing, for models that are made only to be planned.
+
+    The memory of their weights is then asked for but never used, so that it does not count.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        writes = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
+        kwargs = kwargs or {}
+        written = args[0] if args else kwargs.get("tensor")  # as torch.nn.init calls itself
+        if writes and isinstance(written, nn.Parameter):
+            return written
+        return func(*args, **kwargs)
 
 
 class AssumedValues(TorchDispatchMode):
