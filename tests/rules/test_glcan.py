@@ -98,7 +98,7 @@ def test_branches_can_be_switched_off(build: Any) -> None:
 
 
 def test_the_skeleton_stands_for_the_stages_to_come() -> None:
-    mine = learner(width=1.0)
+    mine = learner(width=1.0, depth=1)
     model = mine.model
     depth = []
     for name in mine.auxiliary:
