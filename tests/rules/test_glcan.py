@@ -16,7 +16,7 @@ from glcan import Boundary, LiveMemory, LocalLearner
 from glcan.errors import ConfigError
 from glcan.models import create
 from glcan.rules import create as create_rule
-from glcan.rules.glcan.skeleton import as_map, reduce_to
+from glcan.rules.maps import as_map, reduce_to
 
 BATCH = (torch.randn(4, 3, 32, 32), torch.tensor([1, 2, 3, 4]))
 OPTIMIZER = partial(SGD, lr=0.05)

@@ -127,7 +127,7 @@ def test_the_budget_is_kept(budget: float, blocks: int) -> None:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             network(Boundary(0, "", entering), sample)
         width = network.lateral[0].out_channels
-        foreseen = 2 * pyramid_flops(network.features, network.levels, int(width), 2, 4, True)
+        foreseen = 2 * pyramid_flops(network.features, network.levels, int(width), 2, 4)
         assert counter.get_total_flops() == pytest.approx(foreseen, rel=0.01)
         assert counter.get_total_flops() <= each or width == 16
 
@@ -138,7 +138,7 @@ def test_more_budget_gives_wider_pyramids() -> None:
     features = found.unit(CUTS[0]).entering
     levels = levels_of(features, pyramid_grids(found))
     assert levels == [(20, 20), (10, 10), (5, 5)]
-    widths = [fit_width(features, levels, 2, 4, True, flops) for flops in (0.0, 1e7, 1e8, 1e12)]
+    widths = [fit_width(features, levels, 2, 4, flops) for flops in (0.0, 1e7, 1e8, 1e12)]
     assert widths == sorted(widths)
     assert widths[0] == 16
     assert widths[-1] == 256

@@ -66,7 +66,7 @@ def plan(
 
     from glcan import models, planner, tasks
     from glcan.cli.options import pairs
-    from glcan.dryrun import UntouchedParameters, uninitialized
+    from glcan.dryrun import UntouchedParameters
     from glcan.errors import ConfigError
     from glcan.rules import RULES
     from glcan.sizes import format_bytes, parse_bytes
@@ -88,10 +88,7 @@ def plan(
     options = pairs("--model-option", model_options)
     if detecting and not options.keys() & {"min_size", "max_size"}:
         options |= {"min_size": min(size), "max_size": max(size)}  # the images are of that size already
-    with contextlib.ExitStack() as stack:
-        if not detecting:  # two-stage detectors run for real
-            stack.enter_context(uninitialized())
-            stack.enter_context(UntouchedParameters())
+    with contextlib.nullcontext() if detecting else UntouchedParameters():  # two-stage detectors run for real
         network = models.create(
             model,
             num_classes=classes + 1

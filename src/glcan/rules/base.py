@@ -57,9 +57,14 @@ class Site:
         return sizes.index(max(sizes))
 
     @property
+    def trunk(self) -> Feature:
+        """Of the largest tensor that enters the cut."""
+        return self.features[self.main]
+
+    @property
     def to_come(self) -> list[Feature]:
         """For each stage after the trunk's own: the map with which that stage ends (after the cut)."""
-        grid = self.features[self.main].grid
+        grid = self.trunk.grid
         found: list[Feature] = []
         for unit in self.profile.units[self.cut.index :]:
             feature = unit.output
@@ -75,7 +80,7 @@ class Site:
     @property
     def ahead(self) -> Feature | None:
         """The last map of the trunk's own stage after the cut, None if the stage ends here."""
-        grid = self.features[self.main].grid
+        grid = self.trunk.grid
         last = None
         for unit in self.profile.units[self.cut.index :]:
             if unit.output is not None and unit.output.grid == grid:

@@ -53,7 +53,7 @@ class DenseHead(nn.Module):
         super().__init__()
         from torchvision.models.detection._utils import BoxLinearCoder
 
-        self.classes, self.scale = classes, scale
+        self.scale = scale
         self.box_coder = BoxLinearCoder(normalize_by_size=True)
         self.center_sampling_radius = _RADIUS / scale
         self.tower = nn.Sequential(*(convolution(width, width) for _ in range(depth)))

@@ -26,7 +26,7 @@ from glcan.isolation import Boundary
 from glcan.profile import Feature
 from glcan.rules.base import Rule, Site
 from glcan.rules.glcan import GLCAN
-from glcan.rules.glcan.skeleton import as_map
+from glcan.rules.maps import as_map
 from glcan.tasks.classification import Classification
 
 _SMALLER = 4  # along each side
@@ -66,8 +66,9 @@ class DGL(Rule):
     def build(self, site: Site) -> nn.Module:
         if isinstance(site.task, Classification):
             assert site.task.classes is not None
-            feature = site.features[site.main]
-            return PooledClassifier(site.main, feature, self.config.convolutions, self.config.layers, site.task.classes)
+            return PooledClassifier(
+                site.main, site.trunk, self.config.convolutions, self.config.layers, site.task.classes
+            )
         return GLCAN({"budget": self.config.budget, "use_global": False}).build(site)
 
 

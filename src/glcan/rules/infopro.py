@@ -27,7 +27,7 @@ from glcan.errors import ConfigError
 from glcan.isolation import Boundary
 from glcan.profile import Feature
 from glcan.rules.base import Rule, Site
-from glcan.rules.glcan.skeleton import as_map
+from glcan.rules.maps import as_map
 from glcan.tasks.base import Task
 from glcan.tasks.classification import Classification
 
@@ -88,11 +88,12 @@ class InfoPro(Rule):
                 f"infopro: both weights of the block that ends before {site.cut.name!r} are 0, so nothing trains it; "
                 "make one of them positive."
             )
-        feature = site.features[site.main]
-        image = site.profile.image or feature.grid
+        image = site.profile.image or site.trunk.grid
         outputs = _HIDDEN if config.mode == "contrast" else site.task.classes
         colours = next((m.in_channels for m in site.model.modules() if isinstance(m, nn.Conv2d)), 3)
-        return InfoProAuxiliary(site.main, feature, image, colours, bool(site.to_come), outputs, reconstruct, classify)
+        return InfoProAuxiliary(
+            site.main, site.trunk, image, colours, bool(site.to_come), outputs, reconstruct, classify
+        )
 
     def local_loss(self, task: Task, prediction: Any, batch: tuple[Any, ...]) -> Tensor:
         reconstruction, outputs, classify = prediction

@@ -23,7 +23,7 @@ from glcan.errors import ConfigError
 from glcan.isolation import Boundary
 from glcan.profile import Feature
 from glcan.rules.base import Rule, Site
-from glcan.rules.glcan.skeleton import as_map
+from glcan.rules.maps import as_map
 from glcan.tasks.base import Task
 from glcan.tasks.classification import Classification
 
@@ -58,8 +58,7 @@ class PredSim(Rule):
     def build(self, site: Site) -> nn.Module:
         assert isinstance(site.task, Classification)
         assert site.task.classes is not None
-        feature = site.features[site.main]
-        return PredSimAuxiliary(site.main, feature, self.config.inputs, site.task.classes, self.config.beta > 0)
+        return PredSimAuxiliary(site.main, site.trunk, self.config.inputs, site.task.classes, self.config.beta > 0)
 
     def local_loss(self, task: Task, prediction: Any, batch: tuple[Any, ...]) -> Tensor:
         assert isinstance(task, Classification)

@@ -35,9 +35,8 @@ class Detection(Task):
     """One-stage detectors match anchors to boxes by masks alone, and run on fake tensors; others fall back."""
 
     def __init__(self) -> None:
-        self._seen: tuple[Any, Any] | None = (
-            None  # the first image of a batch, and what the transform made of the batch
-        )
+        # the first image of the batch that the model runs on, and what its transform made of the batch
+        self._seen: tuple[Any, Any] | None = None
 
     def arguments(self, batch: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if len(batch) != 2:
@@ -66,22 +65,19 @@ class Detection(Task):
     @contextlib.contextmanager
     def running(self, model: nn.Module) -> Iterator[None]:
         """Keeps what the model's transform makes of a batch, and computes the losses of its head in parts."""
-        transform = getattr(model, "transform", None)
-        handle = None
 
         def keep(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
             if arguments and len(arguments[0]):
                 self._seen = arguments[0][0], output
 
-        if isinstance(transform, nn.Module):
-            handle = transform.register_forward_hook(keep)
-        try:
-            with losses_in_parts(model):
+        with contextlib.ExitStack() as stack:
+            if isinstance(transform := getattr(model, "transform", None), nn.Module):
+                stack.callback(transform.register_forward_hook(keep).remove)
+            stack.enter_context(losses_in_parts(model))
+            try:
                 yield
-        finally:
-            self._seen = None
-            if handle is not None:
-                handle.remove()
+            finally:
+                self._seen = None
 
     def transformed(self, batch: tuple[Any, ...], transform: nn.Module) -> tuple[Any, list[dict[str, Tensor]]]:
         """Images and targets as the model's transform left them (resized, perhaps at random) in this very step.
@@ -125,9 +121,8 @@ def losses_in_parts(model: nn.Module) -> Iterator[None]:
 
         def loss(image: int, some: slice, mine: Sequence[Tensor]) -> list[Tensor]:
             match = matched[image][some]
-            losses = whole(
-                [targets[image]], dict(zip(outputs, mine, strict=True)), [anchors[image][some]], [match]
-            )  # divided by the number of anchors on objects in this part
+            # these losses are divided by the number of anchors on objects in this part
+            losses = whole([targets[image]], dict(zip(outputs, mine, strict=True)), [anchors[image][some]], [match])
             names[:] = losses
             multiplied, divided = _on_objects([match]), divisor(matched, image)
             return [value * multiplied / divided for value in losses.values()]

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from glcan.isolation import Boundary
 from glcan.profile import Feature
-from glcan.rules.glcan.skeleton import BackboneSkeleton, Skeleton, as_map, reduce_to
+from glcan.rules.glcan.skeleton import BackboneSkeleton, Skeleton
+from glcan.rules.maps import as_map, reduce_to
 
 
 class ClassificationAuxiliary(nn.Module):

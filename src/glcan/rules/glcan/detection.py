@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from glcan.isolation import Boundary
 from glcan.profile import Feature
 from glcan.rules.dense_head import DenseHead, convolution, head_flops
-from glcan.rules.glcan.skeleton import as_map
+from glcan.rules.maps import as_map
 from glcan.tasks.detection import Detection
 
 STEP = 16
@@ -48,12 +48,10 @@ def pyramid_flops(
     width: int,
     depth: int,
     classes: int,
-    context: bool,
 ) -> float:
     """Forward FLOPs of `DetectionAuxiliary` for each image."""
     flops = 0.0
-    shown = levels if context else levels[:1]
-    for i, grid in enumerate(shown):
+    for i, grid in enumerate(levels):
         flops += math.prod(grid) * (head_flops(width, depth, classes) + (18.0 * width * width if i else 0))
     for feature in features:
         flops += 2.0 * feature.channels * width * math.prod(levels[nearest_level(feature.grid, levels)])
@@ -65,13 +63,12 @@ class DetectionAuxiliary(nn.Module):
 
     Args:
         features: of the tensors that enter the cut.
-        levels: grids of the pyramid, the finest one first; see `levels_of`.
+        levels: grids of the pyramid, the finest one first, see `levels_of`; the first one alone: no global branch.
         task: whose transformed targets are learned.
         transform: the detector's own, for batches that the detector has not seen.
         head: shared by the levels.
         width: channels of all levels.
         local: the block's own maps are levels themselves; without, they only feed the coarser ones.
-        context: the levels coarser than the block's own ones.
     """
 
     def __init__(
@@ -83,11 +80,10 @@ class DetectionAuxiliary(nn.Module):
         head: DenseHead,
         width: int,
         local: bool = True,
-        context: bool = True,
     ) -> None:
         super().__init__()
         self.features, self.task, self.local = features, task, local
-        self.levels = list(levels if context else levels[:1])
+        self.levels = list(levels)
         self._transform = (transform,)  # a tuple, so that the model's module does not become ours
         self.at = [nearest_level(f.grid, self.levels) for f in features]
         self.reduction = [max(1, round(f.grid[0] / self.levels[i][0])) for f, i in zip(features, self.at, strict=True)]
@@ -139,10 +135,9 @@ def fit_width(
     levels: Sequence[tuple[int, int]],
     depth: int,
     classes: int,
-    context: bool,
     flops: float,
 ) -> int:
     """The widest pyramid, a multiple of 16 from 16 to 256, within so many forward FLOPs per image."""
     widths = range(STEP, 256 + 1, STEP)
-    fits = [w for w in widths if pyramid_flops(features, levels, w, depth, classes, context) <= flops]
+    fits = [w for w in widths if pyramid_flops(features, levels, w, depth, classes) <= flops]
     return max(fits, default=STEP)

@@ -124,6 +124,8 @@ class GLCAN(Rule):
     def build(self, site: Site) -> nn.Module:
         if isinstance(site.task, Classification):
             return self._classification(site, site.task)
+        if self.config.unit == "backbone":
+            raise ConfigError(f"glcan.unit='backbone' is for classification; leave it out for {site.task.name}.")
         if isinstance(site.task, SuperResolution):
             return self._super_resolution(site, site.task)
         if isinstance(site.task, Detection):
@@ -140,30 +142,27 @@ class GLCAN(Rule):
         return site.profile.flops * share
 
     def _detection(self, site: Site, task: Detection) -> nn.Module:
-        if self.config.unit == "backbone":
-            raise ConfigError("glcan.unit='backbone' is for classification; leave it out for detection.")
         transform = getattr(site.model, "transform", None)
         if not isinstance(transform, nn.Module):
             raise ConfigError(
                 f"{type(site.model).__name__} has no sub-module 'transform', which torchvision's detectors "
                 "resize images and boxes with; the auxiliary networks need the boxes as the model sees them."
             )
-        context = self.config.use_global
         levels = levels_of(site.features, pyramid_grids(site.profile))
+        if not self.config.use_global:
+            levels = levels[:1]
         classes = total_classes(site.model)
         if self.config.width is not None:
-            width = max(8, 8 * round(self.config.width * site.features[site.main].channels / 8))
+            width = max(8, 8 * round(self.config.width * site.trunk.channels / 8))
         else:
             each = self._share(site) / site.profile.batch
-            width = fit_width(site.features, levels, _TOWER, classes, context, each)
+            width = fit_width(site.features, levels, _TOWER, classes, each)
         head = DenseHead(width, _TOWER, classes, scale_of(site.model, site.profile))
-        return DetectionAuxiliary(site.features, levels, task, transform, head, width, self.config.use_local, context)
+        return DetectionAuxiliary(site.features, levels, task, transform, head, width, self.config.use_local)
 
     def _super_resolution(self, site: Site, task: SuperResolution) -> nn.Module:
-        if self.config.unit == "backbone":
-            raise ConfigError("glcan.unit='backbone' is for classification; leave it out for super-resolution.")
         assert task.channels is not None
-        feature = site.features[site.main]
+        feature = site.trunk
         image = site.profile.image or feature.grid
         scale = max(1, round(task.scale * image[0] / feature.grid[0]))
         local, context = self.config.use_local, _CONTEXT if self.config.use_global else 0
@@ -184,7 +183,7 @@ class GLCAN(Rule):
 
     def _classification(self, site: Site, task: Classification) -> nn.Module:
         assert task.classes is not None
-        feature = site.features[site.main]
+        feature = site.trunk
         skeleton: Skeleton | BackboneSkeleton | None = None
         grid: tuple[int, int] | None = None
         if self.config.use_global and self.config.unit == "backbone":

@@ -12,12 +12,11 @@ import math
 import warnings
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glcan.errors import ConfigError
 from glcan.profile import Feature
 from glcan.rules.base import Site
+from glcan.rules.maps import as_map
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,16 +148,6 @@ class Skeleton(nn.Module):
         return self.units(reduced).mean((2, 3))
 
 
-def reduce_to(feature_map: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Average pooling to (about) this grid; whole windows where the sizes divide, which is cheaper."""
-    h, w = feature_map.shape[-2:]
-    if h <= grid[0] and w <= grid[1]:
-        return feature_map
-    if h % grid[0] == 0 and w % grid[1] == 0:
-        return F.avg_pool2d(feature_map, (h // grid[0], w // grid[1]))
-    return F.adaptive_avg_pool2d(feature_map, grid)
-
-
 class BackboneSkeleton(nn.Module):
     """Full-width copies of the first unit of each remaining stage (of the next unit, in the last stage)."""
 
@@ -195,7 +184,7 @@ class BackboneSkeleton(nn.Module):
 def _stage_entries(site: Site) -> list[str]:
     """The next unit, then the units (after the cut) at which the resolution or the width of the trunk changes."""
     names: list[str] = []
-    entering = site.features[site.main]
+    entering = site.trunk
     at = (entering.grid, entering.channels)
     for unit in site.profile.units[site.cut.index :]:
         if unit.output is None or unit.output.grid == (1, 1) or len(unit.entering) != 1:
@@ -206,30 +195,3 @@ def _stage_entries(site: Site) -> list[str]:
             names.append(unit.name)
             at = gives
     return names or [site.cut.name]
-
-
-def as_map(tensor: Tensor, feature: Feature) -> Tensor:
-    """The tensor as a map [B, C, H, W] (a view). Batch and resolution may differ from the profile's.
-
-    Raises:
-        ConfigError: a token sequence whose length is no grid of the profile's shape.
-    """
-    if feature.layout == "BCHW":
-        return tensor
-    if feature.layout == "BHWC":
-        return tensor.permute(0, 3, 1, 2)
-    if feature.layout == "BNC":
-        tokens = tensor.shape[1] - feature.prefix
-        h, w = feature.grid
-        if tokens != h * w:
-            scale = math.sqrt(tokens / (h * w))
-            h, w = round(h * scale), round(w * scale)
-            if h * w != tokens:
-                raise ConfigError(
-                    f"{tokens} tokens are no grid with the sides of {feature.grid}, which the learner was built for; "
-                    "train with images of the sample's aspect ratio."
-                )
-        return tensor[:, feature.prefix :].transpose(1, 2).unflatten(2, (h, w))
-    if feature.layout == "BC":
-        return tensor[:, :, None, None]
-    return tensor.flatten(1, -2).mean(1)[:, :, None, None]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from glcan.isolation import Boundary
 from glcan.profile import Feature
-from glcan.rules.glcan.skeleton import as_map
+from glcan.rules.maps import as_map
 from glcan.tasks.super_resolution import SuperResolution
 
 REDUCTION = 4
