@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,8 @@ from tests import zoo
 from tests.zoo import Small, assert_equal, gradients
 from torch import Tensor, nn
 
-from glcan.checkpointing import checkpointed, segments_of, square_root
+from glcan import LocalLearner
+from glcan.checkpointing import checkpointed, in_parts, large_end, segments_of, square_root
 from glcan.memory import LiveMemory
 from glcan.models import create
 from glcan.profile import profile
@@ -161,3 +163,69 @@ def test_a_failing_recomputation_puts_the_statistics_back() -> None:
     calls.remove()
     assert model.a.norm.momentum == 0.1
     assert model.a.norm.num_batches_tracked == 1
+
+
+# -- the end of a network in parts -------------------------------------------------------------------------------------
+
+
+def enlarging(scale: int) -> nn.Module:
+    torch.manual_seed(0)
+    return create("edsr_baseline", scale=scale, blocks=6, channels=8).double()
+
+
+def test_the_tail_begins_at_the_last_step_of_an_upsampler() -> None:
+    low = torch.rand(2, 3, 12, 12, dtype=torch.float64)
+    found = {scale: profile(enlarging(scale), (low,)) for scale in (2, 4)}
+    assert large_end(enlarging(4), found[4]) == ("tail.0.2", "tail.0.3", "tail.1", "add_mean")
+    many = create("edsr_baseline", scale=2, blocks=16, channels=8)
+    assert large_end(many, profile(many, (low.float(),))) == ()  # too little of the whole
+
+
+def test_a_tail_with_batch_normalisation_stays_whole() -> None:
+    model = enlarging(4)
+    model.tail = nn.Sequential(*model.tail[0], nn.BatchNorm2d(8), model.tail[1]).double()
+    assert large_end(model, profile(model, (torch.rand(2, 3, 12, 12, dtype=torch.float64),))) == ()
+
+
+@pytest.mark.parametrize("count", [1, 5, 16])
+def test_parts_change_no_gradient_and_hold_less(count: int) -> None:
+    low = torch.rand(count, 3, 12, 12, dtype=torch.float64)
+    model = enlarging(4)
+    tail = large_end(model, profile(model, (low,)))
+    found = []
+    for run in ((), tail):
+        twin = copy.deepcopy(model)
+        before = {name: vars(module).get("forward") for name, module in twin.named_modules()}
+        meter = LiveMemory(twin, inputs=low)
+        with meter, in_parts(twin, run):
+            output = twin(low)
+            output.square().mean().backward()
+        assert {name: vars(module).get("forward") for name, module in twin.named_modules()} == before
+        found.append((output, [p.grad for p in twin.parameters()], meter.activation_peak_bytes))
+    (output, gradients, peak), (parted, others, less) = found
+    assert torch.equal(output, parted)
+    for mine, other in zip(gradients, others, strict=True):
+        assert mine is not None
+        assert other is not None
+        assert torch.allclose(mine, other, rtol=1e-10, atol=1e-13)
+    if count == 16:
+        assert less < 0.7 * peak
+
+
+def test_blocks_run_the_large_end_unless_a_cut_is_inside() -> None:
+    sample = torch.rand(8, 3, 12, 12, dtype=torch.float64), torch.rand(8, 3, 48, 48, dtype=torch.float64)
+    torch.manual_seed(1)
+    mine = LocalLearner(enlarging(4), "super-resolution", sample, cuts=["body.1", "tail.0.2"])
+    assert mine.profile.parted[0] == "tail.0.2"
+    assert "tail.1" not in mine.profile.cuttable
+    torch.manual_seed(1)
+    whole = LocalLearner(enlarging(4), "super-resolution", sample, cuts=["body.1", "tail.0.2"])
+    whole.profile = dataclasses.replace(whole.profile, parted=())
+    assert mine.backward(*sample)["block3"] == pytest.approx(float(whole.backward(*sample)["block3"]), rel=1e-12)
+    for one, other in zip(mine.parameters(), whole.parameters(), strict=True):
+        assert one.grad is not None
+        assert other.grad is not None
+        assert torch.allclose(one.grad, other.grad, rtol=1e-9, atol=1e-13)
+    inside = LocalLearner(enlarging(4), "super-resolution", sample, cuts=["body.1", "tail.1"])
+    assert inside.profile.parted == ()
+    assert LocalLearner(enlarging(4), "super-resolution", sample, rule="e2e").profile.parted == ()

@@ -2,16 +2,19 @@
 
 The baseline that local learning is measured against, done well: non-reentrant, with the batch statistics of
 normalisation layers updated once (a plain `checkpoint` updates them twice, in the forward pass and in the
-recomputation).
+recomputation). And what local learning itself has use for: the end of a network that enlarges images, some images at a
+time.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._pytree import tree_map, tree_map_only
@@ -19,7 +22,11 @@ from torch.utils.checkpoint import checkpoint
 
 from glcan.profile import Profile
 
-__all__ = ["checkpointed", "segments_of"]
+__all__ = ["checkpointed", "in_parts", "large_end", "segments_of"]
+
+# The end of a network is run in parts where the block that it is would hold more than this share of all activations.
+_LARGE = 1 / 3
+_PARTS = 8
 
 
 def segments_of(profile: Profile, count: int | None = None) -> list[list[str]]:
@@ -60,6 +67,43 @@ def checkpointed(model: nn.Module, runs: Sequence[Sequence[str]]) -> Iterator[No
     A run of several units is computed at its first unit; the others hand on what they are given. On exit the modules
     are as before.
     """
+    with _together(model, runs, _recomputed):
+        yield
+
+
+def large_end(model: nn.Module, profile: Profile) -> tuple[str, ...]:
+    """The units at the end of a network that are better run some images at a time, see `in_parts`; empty for none.
+
+    They are the last step of an upsampler and what follows, where maps are so large that a block of these units alone
+    would set the peak. Only for models that treat each image by itself, so not with batch normalisation in these units.
+    """
+    upsampler = profile.upsampler
+    final = max((unit.output.grid for unit in upsampler if unit.output), default=(0, 0))
+    steps = [i for i, u in enumerate(upsampler) if u.weights and u.entering and u.entering[0].grid < final]
+    units = upsampler[steps[-1] :] if steps else ()
+    held = sum(u.saved_bytes for u in units) + max((u.output.bytes for u in units if u.output), default=0)  # a gradient
+    if held <= _LARGE * sum(u.saved_bytes for u in profile.units):
+        return ()
+    modules = [m for unit in units for m in model.get_submodule(unit.name).modules()]
+    return () if any(isinstance(m, _NormBase) for m in modules) else tuple(unit.name for unit in units)
+
+
+@contextlib.contextmanager
+def in_parts(model: nn.Module, run: Sequence[str]) -> Iterator[None]:
+    """While this is open, a run of units takes some images of the batch at a time, forward and backward.
+
+    Kept for the backward pass is what enters the run, and never more than a part's activations beside it. As with
+    `checkpointed`, the run is computed twice.
+    """
+    with _together(model, [run] if run else [], functools.partial(_recomputed, parts=_PARTS)):
+        yield
+
+
+@contextlib.contextmanager
+def _together(
+    model: nn.Module, runs: Sequence[Sequence[str]], chain: Callable[..., Callable[..., Any]]
+) -> Iterator[None]:
+    """Each run is computed at its first unit, as ``chain(forwards, modules)`` says; its other units hand on."""
     before: list[tuple[nn.Module, bool, Any]] = []
 
     def override(name: str, forward: Callable[..., Any]) -> None:
@@ -70,7 +114,7 @@ def checkpointed(model: nn.Module, runs: Sequence[Sequence[str]]) -> Iterator[No
     try:
         for run in runs:
             modules = [model.get_submodule(name) for name in run]
-            override(run[0], _recomputed([m.forward for m in modules], modules))
+            override(run[0], chain([m.forward for m in modules], modules))
             for name in run[1:]:
                 override(name, _hand_on)
         yield
@@ -86,7 +130,7 @@ def _hand_on(value: Tensor) -> Tensor:
     return value
 
 
-def _recomputed(forwards: list[Callable[..., Any]], modules: list[nn.Module]) -> Callable[..., Any]:
+def _recomputed(forwards: list[Callable[..., Any]], modules: list[nn.Module], parts: int = 1) -> Callable[..., Any]:
     norms = [m for module in modules for m in module.modules() if isinstance(m, _NormBase) and m.track_running_stats]
 
     writes = getattr(_first_leaf(modules[0]), "inplace", False)
@@ -99,8 +143,7 @@ def _recomputed(forwards: list[Callable[..., Any]], modules: list[nn.Module]) ->
             out = forward(out)
         return out
 
-    def run(*args: Any, **kwargs: Any) -> Any:
-        args, kwargs = tree_map(lambda leaf: leaf, (args, kwargs))  # lists of one's own: the model may append to its
+    def again(*args: Any, **kwargs: Any) -> Any:
         return checkpoint(
             chain,
             *args,
@@ -108,6 +151,13 @@ def _recomputed(forwards: list[Callable[..., Any]], modules: list[nn.Module]) ->
             context_fn=lambda: (contextlib.nullcontext(), _frozen_statistics(norms)),
             **kwargs,
         )
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = tree_map(lambda leaf: leaf, (args, kwargs))  # lists of one's own: the model may append to its
+        if parts == 1:
+            return again(*args, **kwargs)
+        (images,) = args
+        return torch.cat([again(some) for some in images.split(math.ceil(len(images) / parts))])
 
     return run
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from glcan.checkpointing import in_parts
 from glcan.dryrun import dry_run, uninitialized
 from glcan.errors import GlcanError
 from glcan.isolation import Boundary, Isolation, tensors_in
@@ -88,7 +89,7 @@ def measure_pieces(
             lambda boundary: train(starts[boundary.block], (*boundary.entering, *boundary.skipping)),
             {cut: profile.crossing[cut] for cut in cuts},
         )
-        with torch.enable_grad(), meter, isolation:
+        with torch.enable_grad(), meter, in_parts(model, profile.parted), isolation:
             output = model(*batch[0], **batch[1])
             with isolation.replay():
                 train(starts[isolation.block], tuple(isolation.twin(t) for t in tensors_in(output)))
@@ -103,7 +104,7 @@ def measure_pieces(
     pieces: dict[str, Piece] = {}
     for start, end, unit in zip(places[:-1], places[1:], starts, strict=True):
         peak, flops = measured.get(unit, (0, 0))
-        saved = sum(u.saved_bytes for u in profile.units[start:end])
+        saved = profile.saved_bytes(start, end)
         entering = sum(f.bytes for f in profile.units[start].entering) if start else 0
         whole = 3 * sum(u.flops for u in profile.units[start:end])
         pieces[profile.units[start].name] = Piece(
@@ -178,7 +179,7 @@ class Estimate:
         self.auxiliary = auxiliary or {}
         self._places = cut_places(profile)
         runs = [profile.units[a:b] for a, b in itertools.pairwise(self._places)]
-        self._saved = [sum(u.saved_bytes for u in run) for run in runs]
+        self._saved = [profile.saved_bytes(a, b) for a, b in itertools.pairwise(self._places)]
         self._output = [run[-1].output.bytes if run[-1].output else 0 for run in runs]
         self._gradients = [4 * sum(u.parameters for u in run) for run in runs]
         self._flops = [sum(u.flops for u in run) for run in runs]

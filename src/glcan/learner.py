@@ -14,7 +14,7 @@ from torch.optim.optimizer import Optimizer
 from torch.utils._pytree import tree_map_only
 
 from glcan import rules, tasks
-from glcan.checkpointing import checkpointed, segments_of
+from glcan.checkpointing import checkpointed, in_parts, large_end, segments_of
 from glcan.dryrun import dry_run
 from glcan.errors import CheckpointError, ConfigError, CutError, GradientLeak
 from glcan.estimate import Estimate, auxiliary_costs, measure_pieces
@@ -140,6 +140,9 @@ class LocalLearner:
         if profile is None:
             with self.task.running(model) if self.rule.local else contextlib.nullcontext():
                 profile = take_profile(model, args, kwargs, units=units, assume=self.task.assumes)
+        if self.rule.local and self.task.images_apart:
+            parted = large_end(model, profile)
+            profile = dataclasses.replace(profile, parted=() if set(parted[1:]) & set(cuts or ()) else parted)
         self.profile: Profile = profile
         self.task.prepare(self.profile.output, batch)
         self.plan = self._make_plan(batch, blocks, cuts, recompute)
@@ -229,7 +232,7 @@ class LocalLearner:
     def _find_recomputed(self) -> list[list[str]]:
         """The chains of units that are recomputed, of all blocks that the plan says."""
         wanted = {u.name for k, b in enumerate(self.plan.units) if self.names[k] in self.plan.recompute for u in b}
-        return [run for run in segments_of(self.profile) if run[0] in wanted]
+        return [run for run in segments_of(self.profile) if run[0] in wanted and run[0] not in self.profile.parted]
 
     def _check_trained(self) -> None:
         for k, cut in enumerate(self.plan.cuts):
@@ -394,6 +397,7 @@ class LocalLearner:
         last = self.plan.blocks - 1
         with (
             self.task.running(self.model) if last else contextlib.nullcontext(),
+            in_parts(self.model, self.profile.parted if last else ()),
             isolation if last else contextlib.nullcontext(),
             forward,
         ):

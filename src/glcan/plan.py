@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import math
 import operator
 from collections import defaultdict
@@ -164,9 +163,11 @@ def cut_places(profile: Profile) -> list[int]:
     """Where blocks may begin and end: index 0, the index of each unit worth cutting at, and the number of units.
 
     A head that comes after the last map (a classifier, a detector's heads) is not worth a block of its own: it frees
-    little, and alone it learns badly, on features that nothing of it shapes. Naming it in ``cuts`` is still possible.
+    little, and alone it learns badly, on features that nothing of it shapes. Nor is an upsampler at the end, or a part
+    of it. Naming them in ``cuts`` is still possible.
     """
-    maps = [u.index for u in profile.units if u.output is not None and u.output.grid != (1, 1)]
+    before = profile.units[: len(profile.units) - len(profile.upsampler)]
+    maps = [u.index for u in before if u.output is not None and u.output.grid != (1, 1)]
     last = max(maps, default=len(profile.units))
     inner = [index for name in profile.cuttable if (index := profile.unit(name).index) <= last]
     return [0, *inner, len(profile.units)]
@@ -190,11 +191,10 @@ def _trainable(profile: Profile) -> Callable[[int, int], bool]:
 
 def _saved_bytes(profile: Profile) -> BlockCost:
     places = cut_places(profile)
-    total = [0, *itertools.accumulate(unit.saved_bytes for unit in profile.units)]
 
     def cost(i: int, j: int) -> int:
         entering = profile.units[places[i]].entering if i else ()
-        return total[places[j]] - total[places[i]] + sum(feature.bytes for feature in entering)
+        return profile.saved_bytes(places[i], places[j]) + sum(feature.bytes for feature in entering)
 
     return cost
 

@@ -118,6 +118,7 @@ class Profile:
         trained: the positions in `calls` at which trainable parameters are used, those of `glue` included.
         sources: for each cuttable unit, the last position of `trained` that what enters it depends on. None of them,
             and a unit is missing here.
+        parted: names of the units at the end that blocks run for some images at a time (`checkpointing.in_parts`).
     """
 
     units: tuple[Unit, ...]
@@ -130,6 +131,7 @@ class Profile:
     output: tuple[tuple[int, ...], ...]
     trained: frozenset[int] = frozenset()
     sources: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    parted: tuple[str, ...] = ()
 
     @property
     def names(self) -> list[str]:
@@ -138,12 +140,32 @@ class Profile:
     @property
     def cuttable(self) -> list[str]:
         """The names at which a block may begin."""
-        return [unit.name for unit in self.units if unit.cuttable]
+        return [unit.name for unit in self.units if unit.cuttable and unit.name not in self.parted[1:]]
 
     @property
     def flops(self) -> int:
         """Forward FLOPs of the whole model."""
         return sum(unit.flops for unit in self.units)
+
+    @property
+    def upsampler(self) -> tuple[Unit, ...]:
+        """The units at the end that make larger maps than most others have, the convolution before a shuffle included.
+
+        Empty where there is none, or where it is not a chain that is the smaller part of the model (a decoder).
+        """
+        grids = [unit.output.grid for unit in self.units if unit.output is not None]
+        usual = max(set(grids), key=grids.count) if grids else (0, 0)
+        start = len(self.units)
+        while start and (output := self.units[start - 1].output) is not None and output.grid > usual:
+            start -= 1
+        if 0 < start < len(self.units) and not self.units[start].weights:  # a shuffle of what was made for it
+            start -= 1
+        chained = all(unit.chained for unit in self.units[start + 1 :])
+        return self.units[start:] if chained and 2 * start > len(self.units) else ()
+
+    def saved_bytes(self, start: int, end: int) -> int:
+        """Activations of units ``start ... end - 1`` that stay alive for the backward pass in blocks."""
+        return sum(unit.saved_bytes for unit in self.units[start:end] if unit.name not in self.parted)
 
     def unit(self, name: str) -> Unit:
         return next(unit for unit in self.units if unit.name == name)

@@ -20,6 +20,9 @@ class Task(ABC):
     assumes: ClassVar[bool] = False
     """Whether dry runs may assume values that decide something; see `glcan.dryrun.dry_run`."""
 
+    images_apart: ClassVar[bool] = False
+    """Whether a model of this task treats each image of a batch by itself, so that its end may be run in parts."""
+
     def arguments(self, batch: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The model's positional and keyword arguments; by default the first item of the batch."""
         return (batch[0],), {}

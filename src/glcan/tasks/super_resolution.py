@@ -41,6 +41,7 @@ class SuperResolution(Task):
     """
 
     name: ClassVar[str] = "super-resolution"
+    images_apart: ClassVar[bool] = True
 
     def __init__(self, criterion: str | Callable[[Tensor, Tensor], Tensor] = "l1", scale: int = 2) -> None:
         if isinstance(criterion, str) and criterion not in CRITERIA:

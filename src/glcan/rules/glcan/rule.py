@@ -37,15 +37,16 @@ from glcan.rules.glcan.skeleton import (
     strides_of,
     widths_of,
 )
-from glcan.rules.glcan.super_resolution import SuperResolutionAuxiliary
-from glcan.rules.glcan.super_resolution import fit_width as fit_detail
+from glcan.rules.glcan.super_resolution import SuperResolutionAuxiliary, fit
 from glcan.tasks.classification import Classification
 from glcan.tasks.detection import Detection
 from glcan.tasks.super_resolution import SuperResolution
 
 _BUDGETS = {"classification": 0.07, "super-resolution": 0.12, "detection": 0.09}
-# Super-resolution: channels of the global branch, the widest map at full resolution, parts of a batch.
-_CONTEXT, _WIDEST, _PARTS = 32, 32, 8
+_UNIT_SHARES = {"classification": 0.6, "super-resolution": 1.05, "detection": 0.0}
+# Super-resolution: channels of the global branch, the widest map at full resolution; the most parts of a batch, and the
+# elements of that map below which a part is not worth the time.
+_CONTEXT, _WIDEST, _PARTS, _PART = 32, 48, 8, 2**19
 # Detection: convolutions before the head's predictions.
 _TOWER = 2
 
@@ -65,7 +66,8 @@ class GLCAN(Rule):
             budget: forward FLOPs of all auxiliary networks together, as a share of the model's; none: the task's own
                 default, 0.07 for classification, 0.12 for super-resolution, 0.09 for detection.
             unit_share: each auxiliary network may cost this share of the model's average unit even where the budget
-                would give it less, as with many blocks. Not of detectors, most of which is their heads.
+                would give it less, as with many blocks; none: the task's own default, 0.6 for classification, 1.05 for
+                super-resolution, 0 for detection (most of a detector is its heads).
             unit_cost: each unit of the skeleton may cost this share of the real unit that it stands for; 0: no limit.
             memory: bytes that an auxiliary network may hold, in multiples of the model's largest boundary. With 2, it
                 hardly ever sets the peak: the backward pass of a block that ends at that boundary needs as much anyway.
@@ -80,7 +82,7 @@ class GLCAN(Rule):
         """
 
         budget: float | None = None
-        unit_share: float = 0.6
+        unit_share: float | None = None
         unit_cost: float = 0.5
         memory: float = 2.0
         depth: int = 4
@@ -95,7 +97,7 @@ class GLCAN(Rule):
                 raise ConfigError(
                     f"glcan.budget is {self.budget}; it must lie in (0, 10], 0.1 for a tenth of the model."
                 )
-            if not 0 <= self.unit_share <= 10:
+            if self.unit_share is not None and not 0 <= self.unit_share <= 10:
                 raise ConfigError(f"glcan.unit_share is {self.unit_share}; it must lie in [0, 10], 0 for none.")
             if not 0 <= self.unit_cost <= 10:
                 raise ConfigError(f"glcan.unit_cost is {self.unit_cost}; it must lie in [0, 10], 0 for no limit.")
@@ -136,10 +138,10 @@ class GLCAN(Rule):
         """Forward FLOPs that an auxiliary network may cost, for the whole batch."""
         weighted = sum(unit.weights > 0 for unit in site.profile.units)
         budget = self.config.budget or _BUDGETS[site.task.name]
-        share = budget / max(1, site.blocks - 1)
-        if not isinstance(site.task, Detection):
-            share = max(share, self.config.unit_share / max(1, weighted))
-        return site.profile.flops * share
+        unit_share = self.config.unit_share
+        if unit_share is None:
+            unit_share = _UNIT_SHARES[site.task.name]
+        return site.profile.flops * max(budget / max(1, site.blocks - 1), unit_share / max(1, weighted))
 
     def _detection(self, site: Site, task: Detection) -> nn.Module:
         transform = getattr(site.model, "transform", None)
@@ -166,20 +168,16 @@ class GLCAN(Rule):
         image = site.profile.image or feature.grid
         scale = max(1, round(task.scale * image[0] / feature.grid[0]))
         local, context = self.config.use_local, _CONTEXT if self.config.use_global else 0
+        pixels, kernel = site.profile.batch * math.prod(feature.grid), 1
         if self.config.width is not None:
             width = max(4, 4 * round(self.config.width * feature.channels / 4))
         else:
-            pixels = site.profile.batch * math.prod(feature.grid)
-            width = fit_detail(
-                feature.channels,
-                task.channels,
-                scale,
-                local,
-                context,
-                self._share(site) / pixels,
-                max(4, min(feature.channels, _WIDEST)),
+            each = self._share(site) / pixels
+            width, kernel = fit(
+                feature.channels, task.channels, scale, local, context, each, max(4, min(feature.channels, _WIDEST))
             )
-        return SuperResolutionAuxiliary(site.main, feature, task, scale, width, local, context, _PARTS)
+        parts = min(_PARTS, max(1, pixels * width * scale**2 // _PART))
+        return SuperResolutionAuxiliary(site.main, feature, task.channels, scale, width, kernel, local, context, parts)
 
     def _classification(self, site: Site, task: Classification) -> nn.Module:
         assert task.classes is not None
