@@ -57,7 +57,7 @@ def test_small_detectors_have_three_levels_and_their_anchors(name: str) -> None:
     maps = list(model.backbone(torch.rand(1, 3, 128, 128)).values())
     assert [tuple(m.shape[1:]) for m in maps] == [(32, 16, 16), (32, 8, 8), (32, 4, 4)]
     assert len(model.anchor_generator.sizes) == 3
-    assert model.transform.min_size == (160,)
+    assert model.transform.min_size == (96,)
 
 
 def test_the_levels_of_fcos_small_share_the_objects() -> None:

@@ -1,4 +1,4 @@
-"""The rule glcan for super-resolution: begins as the bicubic image, exact in parts, within its budget."""
+"""The rule glcan for super-resolution: the image from features alone, exact in parts, within its budget."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ import glcan
 from glcan import Boundary, LocalLearner
 from glcan.errors import ConfigError
 from glcan.models import create
-from glcan.rules.glcan.super_resolution import auxiliary_flops, fit_width
-from glcan.tasks import SuperResolution
+from glcan.rules.glcan.super_resolution import auxiliary_flops, fit
 
 OPTIMIZER = partial(Adam, lr=1e-3)
 
@@ -37,29 +36,35 @@ def learner(model: nn.Module, sample: Any, **options: Any) -> LocalLearner:
     return LocalLearner(model, "super-resolution", sample, blocks=3, rule_options=options, optimizer=OPTIMIZER)
 
 
+def test_the_image_is_made_of_the_features_alone() -> None:
+    """Not of the low-resolution image beside them: the model's own end has nothing else either."""
+    mine = learner(network(), batch())
+    auxiliary = next(iter(mine.auxiliary.values()))
+    features = torch.randn(6, 16, 12, 12)
+    low, high = batch()
+    images = [auxiliary(Boundary(0, "", (features,)), given) for given in ((low, high), (1 - low, high))]
+    assert torch.equal(*images)
+
+
 @pytest.mark.parametrize("scale", [2, 3, 4])
-def test_it_begins_as_the_bicubic_image(scale: int) -> None:
-    sample = batch(scale=scale)
-    mine = learner(network(scale), sample)
-    task = mine.task
-    assert isinstance(task, SuperResolution)
-    expected = task.local_loss(task.bicubic(sample), sample)
-    losses = mine.backward(*sample)
-    for name in ("block1", "block2"):
-        assert losses[name] == pytest.approx(float(expected), rel=1e-5)
+def test_nothing_is_cut_inside_the_upsampler(scale: int) -> None:
+    mine = learner(network(scale), batch(scale=scale))
+    assert all(cut.startswith("body") for cut in mine.plan.cuts)
+    assert {unit.name for unit in mine.profile.upsampler} == {
+        name for name in mine.profile.names if name.startswith(("tail", "add_mean"))
+    }
 
 
 def test_parts_change_no_gradient() -> None:
     sample = batch(7, dtype=torch.float64)
     whole = learner(network().double(), sample)
+    whole.backward(*sample)  # takes the scale of the features
+    for parameter in whole.parameters():
+        parameter.grad = None
     parted = copy.deepcopy(whole)
-    for k, auxiliary in enumerate(whole.auxiliary.values()):
-        torch.manual_seed(k)
-        nn.init.normal_(auxiliary.image.weight, std=0.1)  # as if it had been trained
-    parted.auxiliary.load_state_dict(whole.auxiliary.state_dict())
-    for auxiliary in whole.auxiliary.values():
-        assert auxiliary.parts > 1
-        auxiliary.parts = 1
+    for auxiliary in parted.auxiliary.values():
+        assert auxiliary.parts == 1  # so small a batch is not worth dividing
+        auxiliary.parts = 3
     losses = [mine.backward(*sample) for mine in (whole, parted)]
     assert losses[0].keys() == losses[1].keys()
     for name in losses[0]:
@@ -71,11 +76,14 @@ def test_parts_change_no_gradient() -> None:
 
 
 def test_parts_need_less_memory() -> None:
-    model, sample = network(), batch(16)
+    low = torch.rand(16, 3, 64, 64)
+    model, sample = network(), (low, torch.rand(16, 3, 128, 128))
     options = {"task": "super-resolution", "sample": sample, "blocks": 3, "optimizer": OPTIMIZER, "baselines": ()}
     parted = glcan.plan(model, rule_options={"width": 2.0}, **options)
-    mine = LocalLearner(model, "super-resolution", sample, blocks=3, rule_options={"width": 2.0}, optimizer=OPTIMIZER)
+    cuts = parted.plan.cuts
+    mine = LocalLearner(model, "super-resolution", sample, cuts=cuts, rule_options={"width": 2.0}, optimizer=OPTIMIZER)
     for auxiliary in mine.auxiliary.values():
+        assert auxiliary.parts > 1
         auxiliary.parts = 1
     whole = glcan.measure_step(mine, *sample)
     assert parted.cost.activation_peak_bytes < 0.9 * whole.activation_peak_bytes
@@ -83,21 +91,23 @@ def test_parts_need_less_memory() -> None:
 
 
 def test_the_scale_of_the_features_does_not_matter() -> None:
-    mine = learner(network(), batch())
-    auxiliary = next(iter(mine.auxiliary.values()))
-    nn.init.normal_(auxiliary.image.weight, std=0.1)
     features = torch.randn(6, 16, 12, 12)
-    outputs = [auxiliary(Boundary(0, "", (factor * features,)), batch()) for factor in (1.0, 100.0)]
-    assert torch.allclose(*outputs, atol=1e-4)
+    outputs = []
+    for factor in (1.0, 100.0):
+        auxiliary = next(iter(learner(network(), batch()).auxiliary.values()))
+        outputs.append(auxiliary(Boundary(0, "", (factor * features,)), batch()))
+        brighter = auxiliary(Boundary(0, "", (2 * factor * features,)), batch())
+        assert not torch.allclose(outputs[-1], brighter, atol=1e-2)  # from the first batch on, what is bright is bright
+    assert torch.allclose(*outputs, atol=1e-5)
     assert outputs[0].shape == (6, 3, 24, 24)
 
 
 def test_the_width_fits_its_budget() -> None:
-    for flops in (1e4, 3e4, 1e5):
-        width = fit_width(64, 3, 2, True, 32, flops, 64)
-        assert auxiliary_flops(64, width, 3, 2, True, 32) <= flops or width == 4
-        assert width == 64 or auxiliary_flops(64, width + 4, 3, 2, True, 32) > flops
-    assert fit_width(64, 3, 2, True, 32, 1e9, 32) == 32
+    for flops in (2e4, 3e4, 1e5, 2e5):
+        width, kernel = fit(64, 3, 2, True, 32, flops, 64)
+        assert auxiliary_flops(64, width, kernel, 3, 2, True, 32) <= flops or (width, kernel) == (4, 1)
+        assert width == 64 or auxiliary_flops(64, width + 4, kernel, 3, 2, True, 32) > flops
+    assert fit(64, 3, 2, True, 32, 1e9, 32) == (32, 3)
 
 
 @pytest.mark.parametrize("options", [{"use_local": False}, {"use_global": False}], ids=str)

@@ -27,7 +27,7 @@ def plan(
         typer.Option(
             metavar="HxW",
             help="Image size in pixels. [default: 224x224; CIFAR ResNets 32x32; super-resolution 48x48, small images; "
-            "detectors 800x1088, small ones 160x160]",
+            "detectors 800x1088, small ones 96x96]",
         ),
     ] = None,
     scale: Annotated[int | None, typer.Option(help="Factor of super-resolution: 2, 3 or 4. [default: 2]")] = None,
@@ -181,7 +181,7 @@ def _usual(model: str) -> str:
     from glcan import models
 
     if models.is_detector(model):
-        return "160x160" if model.endswith("_small") else "800x1088"
+        return "96x96" if model.endswith("_small") else "800x1088"
     return "32x32" if model.startswith("cifar_") else "224x224"
 
 

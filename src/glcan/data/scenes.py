@@ -31,7 +31,7 @@ from glcan.errors import ConfigError, DataError
 
 Part = Literal["train", "test"]
 
-SIDE = 160
+SIDE = 96
 TRAIN, TEST = 2000, 400
 SIZES = ((1 / 8, 1 / 4), (1 / 4, 1 / 2), (1 / 2, 3 / 4))  # of the longer side of an object, in sides of the image
 MOST = 5  # objects of a scene

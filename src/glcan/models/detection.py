@@ -63,11 +63,11 @@ def create_detector(
         num_classes: kinds of objects plus one for the background; None: 91, as COCO's category ids need.
         in_channels: 3; detectors take nothing else.
         image_size: pixels of the shorter side to which the model resizes every image (`min_size`); the longer side is
-            limited to 1333/800 of that unless `max_size` is given. None: 800, 160 for the small ones.
+            limited to 1333/800 of that unless `max_size` is given. None: 800, 96 for the small ones.
         options: of torchvision's class (`score_thresh`, `detections_per_img`, ...); `min_size` may be a list, of which
             training draws one for each batch; further for those that torchvision has not built: `norm`, "batch" or
-            "frozen" (BatchNorm as fixed scale and shift), `channels` of the pyramid (small ones) and `width`, the
-            channels of the first stage (small ones).
+            "frozen" (BatchNorm as fixed scale and shift), `channels` of the pyramid (small ones), `width`, the channels
+            of the first stage (small ones), and `convs`, the convolutions of each head (`fcos_small`).
 
     Raises:
         ConfigError: other channels than 3, or a value that the model does not take.
@@ -111,6 +111,7 @@ def _check_options(name: str, options: dict[str, Any]) -> None:
         known |= {"trainable_backbone_layers", "progress"}
     else:
         known |= {"norm", "width", "channels"} if name in SMALL else {"norm"}
+        known |= {"convs"} if name == "fcos_small" else set()
     for option in options:
         if option not in known:
             raise UnknownName(f"option of the model {name!r}", option, sorted(known))
@@ -121,7 +122,7 @@ def _sizes(name: str, image_size: int | None, options: dict[str, Any]) -> dict[s
     given = dict(options)
     if name.startswith("torchvision/") and image_size is None and not given.keys() & {"min_size", "max_size"}:
         return given  # as torchvision has it
-    default = 160 if name in SMALL else 800
+    default = 96 if name in SMALL else 800
     smallest: Any = given.get("min_size", image_size or default)
     if isinstance(smallest, list | tuple):
         smallest = tuple(smallest)
@@ -235,10 +236,15 @@ def _small_retinanet(*, width: int = 32, channels: int = 64, norm: str = "batch"
     return RetinaNet(_small_pyramid(width, channels, norm), **({"anchor_generator": anchors} | options))
 
 
-def _small_fcos(*, width: int = 32, channels: int = 64, norm: str = "batch", **options: Any) -> nn.Module:
+def _small_fcos(
+    *, num_classes: int, width: int = 32, channels: int = 64, convs: int = 2, norm: str = "batch", **options: Any
+) -> nn.Module:
     from torchvision.models.detection import FCOS
     from torchvision.models.detection.anchor_utils import AnchorGenerator
+    from torchvision.models.detection.fcos import FCOSHead
 
+    if convs < 1:
+        raise ConfigError(f"convs={convs} of fcos_small: its heads need at least 1 convolution.")
     if channels % 32:
         raise ConfigError(f"channels={channels} of fcos_small: it must be a multiple of 32, for its GroupNorm.")
     # A location belongs to the level whose anchor is 1/8 to 1/4 of its distance to the farthest side of the object.
@@ -247,5 +253,6 @@ def _small_fcos(*, width: int = 32, channels: int = 64, norm: str = "batch", **o
         "anchor_generator": anchors,
         "center_sampling_radius": 3.0,  # in anchors: 1.5 strides, as published
         "score_thresh": 0.05,  # as published; torchvision's 0.2 costs average precision where scores are low
+        "head": FCOSHead(channels, 1, num_classes, num_convs=convs),  # published are 4, which learn more slowly
     }
-    return FCOS(_small_pyramid(width, channels, norm), **(defaults | options))
+    return FCOS(_small_pyramid(width, channels, norm), num_classes=num_classes, **(defaults | options))

@@ -35,9 +35,10 @@ TASK_DEFAULTS: dict[str, dict[str, Any]] = {
     "detection": {
         "model": "fcos_small",
         "data": "scenes",
+        "epochs": 15,
         "batch": 8,
         "optimizer": "adamw",
-        "lr": 1e-3,
+        "lr": 2e-3,
         "weight_decay": 1e-2,
         "clip_norm": 5.0,
     },
