@@ -51,7 +51,7 @@ check-slow: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/isolation_overhead.py
-	$(BIN)/python benchmarks/fashion_mnist.py
+	$(BIN)/python benchmarks/accuracy.py fashion_mnist_resnet32
 
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -40,6 +40,8 @@ TASKS: dict[str, tuple[str, list[str], list[tuple[str, tuple[int, ...], list[str
             ("spandrel/SwinIR", (4,), ["--scale", "2"]),
             ("edsr_baseline", (4,), ["--scale", "4"]),
             ("edsr", (4,), ["--scale", "4"]),
+            ("spandrel/RCAN", (4,), ["--scale", "4"]),
+            ("spandrel/SwinIR", (4,), ["--scale", "4"]),
         ],
     ),
     "detection": (

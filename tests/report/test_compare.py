@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from glcan.errors import ConfigError, CutError, RunError, UnknownName
-from glcan.report import compare, costs
+from glcan.report import compare, costs, train_run
 from glcan.report.compare import _configs
 from glcan.report.methods import parse_methods
 from glcan.training import RunConfig
@@ -210,3 +210,16 @@ def test_every_learner_takes_its_turn_in_each_round():
     seconds = costs.time_steps({"a": Counter("a"), "b": Counter("b")}, (torch.zeros(1),))
     assert order == ["a", "b"] * (costs.WARMUP_ROUNDS + 3)
     assert all(len(values) == 3 and all(math.isfinite(value) for value in values) for values in seconds.values())
+
+
+def test_runs_can_be_trained_one_by_one_and_collected(tmp_path):
+    config, methods = tiny(epochs=1), ["e2e", "glcan:2"]
+    first = train_run(config, methods, [0], tmp_path, method="glcan:2", seed=0, progress=False)
+    assert not (tmp_path / "comparison.json").exists()
+    before = (tmp_path / "glcan-2" / "seed0" / "model.safetensors").stat().st_mtime_ns
+    result = compare(config, methods, [0], tmp_path, progress=False)
+    assert result["methods"][1]["metric"]["values"] == [first.metric.value]
+    assert (tmp_path / "glcan-2" / "seed0" / "model.safetensors").stat().st_mtime_ns == before  # not trained again
+    for method, seed in (("glcan:4", 0), ("e2e", 1)):
+        with pytest.raises(ConfigError, match="is not in this comparison"):
+            train_run(config, methods, [0], tmp_path, method=method, seed=seed)

@@ -136,6 +136,40 @@ def compare(
     return comparison
 
 
+def train_run(
+    config: RunConfig,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    out: Path,
+    *,
+    method: str,
+    seed: int,
+    progress: bool = True,
+) -> Summary:
+    """One of the runs of a comparison: so that processes can train several side by side, which `compare` collects.
+
+    Args:
+        config, methods, seeds, out: of the comparison, as `compare` takes them.
+        method, seed: the run; among those.
+
+    Raises:
+        ConfigError: it is not among them. Others as `compare`.
+    """
+    parsed = parse_methods(methods)
+    found = next((m for m in parsed if m.name == method), None)
+    if found is None or seed not in seeds:
+        raise ConfigError(
+            f"The run {method!r} with seed {seed} is not in this comparison; its methods are {', '.join(methods)}, its "
+            f"seeds {', '.join(map(str, seeds))}."
+        )
+    out, request = Path(out), _request(config, parsed, seeds)
+    _check_out(out, request)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / REQUEST, request)
+    folder = out / found.folder / f"seed{seed}"
+    return train(_configs(config, parsed, seeds)[seed][found], folder, resume=True, progress=progress)
+
+
 def _configs(config: RunConfig, methods: list[Method], seeds: Sequence[int]) -> dict[int, dict[Method, RunConfig]]:
     """The configuration of every run, by seed and method."""
     if not seeds:

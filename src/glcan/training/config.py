@@ -35,7 +35,7 @@ TASK_DEFAULTS: dict[str, dict[str, Any]] = {
     "detection": {
         "model": "fcos_small",
         "data": "scenes",
-        "epochs": 15,
+        "epochs": 12,
         "batch": 8,
         "optimizer": "adamw",
         "lr": 2e-3,
