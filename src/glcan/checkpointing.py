@@ -154,10 +154,9 @@ def _recomputed(forwards: list[Callable[..., Any]], modules: list[nn.Module], pa
 
     def run(*args: Any, **kwargs: Any) -> Any:
         args, kwargs = tree_map(lambda leaf: leaf, (args, kwargs))  # lists of one's own: the model may append to its
-        if parts == 1:
+        if parts == 1 or kwargs or len(args) != 1:
             return again(*args, **kwargs)
-        (images,) = args
-        return torch.cat([again(some) for some in images.split(math.ceil(len(images) / parts))])
+        return torch.cat([again(images) for images in args[0].split(math.ceil(len(args[0]) / parts))])
 
     return run
 
