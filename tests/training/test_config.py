@@ -87,7 +87,7 @@ def test_recipes(name):
 
 def test_the_recipes_that_the_field_compares_on():
     expected = {f"{data}-resnet{depth}" for data in ("cifar10", "svhn", "stl10") for depth in (32, 110)}
-    expected |= {"div2k-edsr-baseline-x2", "div2k-swinir-light-x2"}
+    expected |= {"div2k-edsr-baseline-x2", "div2k-swinir-light-x2", "photographs-edsr-small-x2"}
     expected |= {f"imagenet-resnet{depth}" for depth in (50, 101, 152)} | {"fashion-mnist-resnet32", "digits-resnet20"}
     expected |= {"coco-retinanet-r50"}
     assert expected == set(recipe_names())

@@ -118,7 +118,7 @@ def test_the_command_that_plans() -> None:
     assert asked["peak_bytes"] == small["peak_bytes"]  # the model does not resize what it is planned for
     assert found("fcos_small")["image"] == [96, 96]
     for rule in ("dgl", "glcan"):
-        local = found("fcos_small", "--blocks", "4", rule=rule)
+        local = found("fcos_small", "--image", "160x160", "--blocks", "4", rule=rule)
         assert (local["rule"], local["blocks"]) == (rule, 4)
         assert local["vs_e2e"]["activation_ratio"] < 0.6
 
