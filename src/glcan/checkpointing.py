@@ -9,9 +9,10 @@ time.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from glcan.profile import Profile
 
-__all__ = ["checkpointed", "in_parts", "large_end", "segments_of"]
+__all__ = ["checkpointed", "in_parts", "large_end", "segments_of", "with_large_end"]
 
 # The end of a network is run in parts where the block that it is would hold more than this share of all activations.
 _LARGE = 1 / 3
@@ -86,6 +87,12 @@ def large_end(model: nn.Module, profile: Profile) -> tuple[str, ...]:
         return ()
     modules = [m for unit in units for m in model.get_submodule(unit.name).modules()]
     return () if any(isinstance(m, _NormBase) for m in modules) else tuple(unit.name for unit in units)
+
+
+def with_large_end(model: nn.Module, profile: Profile, cuts: Collection[str] = ()) -> Profile:
+    """The profile, with its `large_end` as what runs in parts; as it is where one of these cuts lies inside."""
+    end = large_end(model, profile)
+    return dataclasses.replace(profile, parted=() if set(end[1:]) & set(cuts) else end)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from torch.optim.optimizer import Optimizer
 from torch.utils._pytree import tree_map_only
 
 from glcan import rules, tasks
-from glcan.checkpointing import checkpointed, in_parts, large_end, segments_of
+from glcan.checkpointing import checkpointed, in_parts, segments_of, with_large_end
 from glcan.dryrun import dry_run
 from glcan.errors import CheckpointError, ConfigError, CutError, GradientLeak
 from glcan.estimate import Estimate, auxiliary_costs, measure_pieces
@@ -141,8 +141,7 @@ class LocalLearner:
             with self.task.running(model) if self.rule.local else contextlib.nullcontext():
                 profile = take_profile(model, args, kwargs, units=units, assume=self.task.assumes)
         if self.rule.local and self.task.images_apart:
-            parted = large_end(model, profile)
-            profile = dataclasses.replace(profile, parted=() if set(parted[1:]) & set(cuts or ()) else parted)
+            profile = with_large_end(model, profile, cuts or ())
         self.profile: Profile = profile
         self.task.prepare(self.profile.output, batch)
         self.plan = self._make_plan(batch, blocks, cuts, recompute)

@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from glcan import rules, tasks
-from glcan.checkpointing import large_end
+from glcan.checkpointing import with_large_end
 from glcan.dryrun import AssumedValues, fake_copy, uninitialized
 from glcan.errors import ConfigError, CutError
 from glcan.estimate import AuxiliaryCost, Estimate, Piece, auxiliary_costs, measure_pieces
@@ -335,7 +335,7 @@ class _Bench:
             with self._running():
                 self.profile = profile(self.model, *self.task.arguments(self.batch), units=units)
         if self.rule.local and self.task.images_apart:
-            self.profile = dataclasses.replace(self.profile, parted=large_end(self.model, self.profile))
+            self.profile = with_large_end(self.model, self.profile)
 
     def _running(self) -> contextlib.AbstractContextManager[Any]:
         return self.task.running(self.model) if self.rule.local else contextlib.nullcontext()

@@ -15,7 +15,7 @@ import glcan
 from glcan import Boundary, LocalLearner
 from glcan.errors import ConfigError
 from glcan.models import create
-from glcan.rules.glcan.super_resolution import auxiliary_flops, fit
+from glcan.rules.glcan.super_resolution import auxiliary_flops, fit_width_and_kernel
 
 OPTIMIZER = partial(Adam, lr=1e-3)
 
@@ -104,10 +104,10 @@ def test_the_scale_of_the_features_does_not_matter() -> None:
 
 def test_the_width_fits_its_budget() -> None:
     for flops in (2e4, 3e4, 1e5, 2e5):
-        width, kernel = fit(64, 3, 2, True, 32, flops, 64)
+        width, kernel = fit_width_and_kernel(64, 3, 2, True, 32, flops, 64)
         assert auxiliary_flops(64, width, kernel, 3, 2, True, 32) <= flops or (width, kernel) == (4, 1)
         assert width == 64 or auxiliary_flops(64, width + 4, kernel, 3, 2, True, 32) > flops
-    assert fit(64, 3, 2, True, 32, 1e9, 32) == (32, 3)
+    assert fit_width_and_kernel(64, 3, 2, True, 32, 1e9, 32) == (32, 3)
 
 
 @pytest.mark.parametrize("options", [{"use_local": False}, {"use_global": False}], ids=str)

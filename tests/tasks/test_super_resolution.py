@@ -11,7 +11,6 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from glcan import LocalLearner, tasks
-from glcan.bicubic import upsample
 from glcan.errors import ConfigError, DataError, UnknownName
 from glcan.models import create
 from glcan.tasks import SuperResolution
@@ -60,13 +59,6 @@ def test_losses() -> None:
 
 def test_half_precision_output_is_compared_in_the_images_type() -> None:
     assert prepared().loss(torch.rand(SHAPE).to(torch.bfloat16), (LOW, HIGH)).dtype == torch.float32
-
-
-def test_bicubic_is_the_enlarged_input() -> None:
-    task = prepared()
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(task.bicubic((LOW.requires_grad_(), HIGH)), upsample(LOW.detach(), 2))
-    LOW.requires_grad_(False)
 
 
 def test_the_task_runs_under_a_learner_and_its_dry_runs() -> None:

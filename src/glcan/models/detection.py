@@ -31,7 +31,12 @@ __all__ = ["create_detector", "detector_names", "is_detector"]
 
 FAMILIES = ("retinanet", "fcos", "fasterrcnn")
 BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101")
-SMALL = ("retinanet_small", "fcos_small")
+SMALL = {
+    "retinanet_small": {"norm", "width", "channels"},
+    "fcos_small": {"norm", "width", "channels", "convs"},
+}
+"""The small detectors, and the options that are ours."""
+SMALL_SIZE = 96  # pixels of the shorter side
 COCO_CLASSES = 91  # torchvision's default: COCO's category ids, background included
 MAX_TO_MIN = 1333 / 800  # the usual limit of the longer side, in shorter sides
 
@@ -110,8 +115,7 @@ def _check_options(name: str, options: dict[str, Any]) -> None:
     if name.startswith("torchvision/"):
         known |= {"trainable_backbone_layers", "progress"}
     else:
-        known |= {"norm", "width", "channels"} if name in SMALL else {"norm"}
-        known |= {"convs"} if name == "fcos_small" else set()
+        known |= SMALL.get(name, {"norm"})
     for option in options:
         if option not in known:
             raise UnknownName(f"option of the model {name!r}", option, sorted(known))
@@ -122,7 +126,7 @@ def _sizes(name: str, image_size: int | None, options: dict[str, Any]) -> dict[s
     given = dict(options)
     if name.startswith("torchvision/") and image_size is None and not given.keys() & {"min_size", "max_size"}:
         return given  # as torchvision has it
-    default = 96 if name in SMALL else 800
+    default = SMALL_SIZE if name in SMALL else 800
     smallest: Any = given.get("min_size", image_size or default)
     if isinstance(smallest, list | tuple):
         smallest = tuple(smallest)

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from glcan.bicubic import upsample
 from glcan.errors import ConfigError, DataError, UnknownName
 from glcan.tasks.base import Task
 
@@ -92,11 +91,6 @@ class SuperResolution(Task):
                         "Divide 8-bit pixels by 255."
                     )
         self.scale, self.channels = scale, int(high.shape[1])
-
-    def bicubic(self, batch: tuple[Any, ...]) -> Tensor:
-        """The low-resolution images enlarged as MATLAB's imresize does it, [B, C, s*h, s*w], without a gradient."""
-        with torch.no_grad(), torch.autocast(batch[0].device.type, enabled=False):
-            return upsample(batch[0], self.scale)
 
     def loss(self, output: Tensor, batch: tuple[Any, ...]) -> Tensor:
         if not isinstance(output, Tensor):

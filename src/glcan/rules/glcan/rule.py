@@ -37,7 +37,7 @@ from glcan.rules.glcan.skeleton import (
     strides_of,
     widths_of,
 )
-from glcan.rules.glcan.super_resolution import SuperResolutionAuxiliary, fit
+from glcan.rules.glcan.super_resolution import SuperResolutionAuxiliary, fit_width_and_kernel
 from glcan.tasks.classification import Classification
 from glcan.tasks.detection import Detection
 from glcan.tasks.super_resolution import SuperResolution
@@ -173,7 +173,7 @@ class GLCAN(Rule):
             width = max(4, 4 * round(self.config.width * feature.channels / 4))
         else:
             each = self._share(site) / pixels
-            width, kernel = fit(
+            width, kernel = fit_width_and_kernel(
                 feature.channels, task.channels, scale, local, context, each, max(4, min(feature.channels, _WIDEST))
             )
         parts = min(_PARTS, max(1, pixels * width * scale**2 // _PART))

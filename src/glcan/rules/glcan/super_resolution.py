@@ -52,7 +52,9 @@ def _shuffled(scale: int, local: bool, context: int) -> bool:
     return scale > 1 or not local or bool(context)
 
 
-def fit(channels: int, colours: int, scale: int, local: bool, context: int, flops: float, most: int) -> tuple[int, int]:
+def fit_width_and_kernel(
+    channels: int, colours: int, scale: int, local: bool, context: int, flops: float, most: int
+) -> tuple[int, int]:
     """(width, kernel) within so many FLOPs per pixel of the features: the widest with a 3x3 kernel, else with 1x1."""
     for kernel in (3, 1):
         for width in range(most, 3, -4):
