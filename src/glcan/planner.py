@@ -34,9 +34,8 @@ from glcan.plan import Plan, cheapest_cuts, choose_cuts, cut_places, numbers_of_
 from glcan.profile import Profile, profile
 from glcan.sizes import format_bytes, format_scaled, parse_bytes
 
-__all__ = ["BASELINES", "Forecast", "LargestBatch", "free_bytes", "largest_batches", "plan"]
+__all__ = ["Forecast", "LargestBatch", "free_bytes", "largest_batches", "plan"]
 
-BASELINES = ("e2e", "checkpoint", "checkpoint-sqrt")
 # How often a candidate that turns out to need more than was estimated is looked for again under a tighter bound.
 _ATTEMPTS = 4
 # Plans whose FLOPs differ by less than this share of end-to-end training's cost the same.
@@ -150,7 +149,7 @@ def plan(
     optimizer: OptimizerFactory | None = None,
     autocast: torch.dtype | None = None,
     recompute: bool | Sequence[str] = False,
-    baselines: Sequence[str] = BASELINES,
+    baselines: Sequence[str] = rules.BASELINES,
 ) -> Forecast:
     """What a training step will need, before any training.
 
@@ -232,7 +231,7 @@ def largest_batches(
 
     found: list[LargestBatch] = []
     name = rules.create(rule, rule_options).name
-    methods: dict[str, dict[str, Any]] = {baseline: {"rule": baseline} for baseline in BASELINES}
+    methods: dict[str, dict[str, Any]] = {baseline: {"rule": baseline} for baseline in rules.BASELINES}
     for k in blocks:
         if k > 1 and k in numbers_of_blocks(bench(2).profile):
             # the cuts of a small batch: the best ones hardly depend on its size

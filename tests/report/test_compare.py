@@ -11,7 +11,7 @@ from glcan.errors import ConfigError, CutError, RunError, UnknownName
 from glcan.report import compare, costs, train_run
 from glcan.report.compare import _configs
 from glcan.report.methods import parse_methods
-from glcan.training import RunConfig
+from glcan.training import RunConfig, read_metrics
 
 METHODS = ["e2e", "checkpoint", "glcan:2"]
 
@@ -153,6 +153,19 @@ def test_methods_and_seeds_can_be_added_and_the_train_loss_stands_in_for_validat
     assert "glcan:2" in printed.out
     assert "test" in printed.out
     assert "glcan:2, seed 1 (4 of 4 runs)" in printed.err
+
+
+def test_a_finish_has_the_larger_memory_and_its_share_of_the_costs(tmp_path):
+    methods = ["e2e", "checkpoint", "glcan:2", "glcan:2+finish"]
+    done = compare(tiny(epochs=1, limit=128, finish=0.25), methods, [0], tmp_path, progress=False, share_exact=True)
+    _, checkpoint, local, finish = done["methods"]
+    assert finish["flops_per_step"] == round(0.75 * local["flops_per_step"] + 0.25 * checkpoint["flops_per_step"])
+    for kind in ("peak_bytes", "activation_peak_bytes"):
+        assert finish[kind] == max(local[kind], checkpoint[kind])
+    assert (finish["blocks"], finish["cuts"]) == (2, local["cuts"])
+    assert finish["auxiliary_parameters"] == local["auxiliary_parameters"]
+    losses = [read_metrics(tmp_path / folder / "seed0")[0]["train_loss"] for folder in ("glcan-2", "glcan-2+finish")]
+    assert [list(each) for each in losses] == [["block1", "block2"], ["block1", "block2", "finish"]]
 
 
 def test_a_folder_with_other_files_and_a_file_are_refused(tmp_path):

@@ -13,6 +13,7 @@ from glcan.report import Method, parse_method, parse_methods
         ("glcan:4", Method("glcan:4", "glcan", 4)),
         (" glcan : 016 ", Method("glcan:16", "glcan", 16)),
         ("glcan:1", Method("glcan:1", "glcan", 1)),
+        ("dgl:04 + finish", Method("dgl:4+finish", "dgl", 4, finish=True)),
     ],
 )
 def test_a_method_is_a_baseline_or_a_rule_with_its_blocks(text, method):
@@ -45,6 +46,8 @@ def test_a_rule_needs_its_blocks_and_a_baseline_takes_none():
         parse_method("glcan")
     with pytest.raises(ConfigError, match="Write 'e2e' alone"):
         parse_method("e2e:4")
+    with pytest.raises(ConfigError, match="gives a finish to 'checkpoint'"):
+        parse_method("checkpoint+finish")
 
 
 def test_methods_are_kept_in_order_and_named_once():

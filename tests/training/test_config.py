@@ -9,7 +9,7 @@ import torch
 from glcan.errors import ConfigError, UnknownName
 from glcan.training import RunConfig, load_recipe, recipe_names
 from glcan.training.config import recipe_folder
-from glcan.training.schedule import learning_rate
+from glcan.training.schedule import learning_rate, local_steps
 
 
 @pytest.mark.parametrize(
@@ -32,6 +32,10 @@ from glcan.training.schedule import learning_rate
         ),
         ({"momentum": 0}, "nesterov = true needs momentum above 0; set --momentum 0.9 or --no-nesterov"),
         ({"epochs": 3, "warmup_epochs": 5}, "warmup_epochs = 5 must be less than epochs = 3"),
+        ({"epochs": 4, "warmup_epochs": 3, "finish": 0.5}, "must be less than epochs = 4 less the finish of 0.5"),
+        ({"finish": 0.6}, "finish = 0.6: should be less than or equal to 0.5"),
+        ({"finish_lr": 0.1}, "finish_lr = 0.1 is of a finish; set --finish 0.1"),
+        ({"finish": 0.1, "rule": "checkpoint"}, "the baseline 'checkpoint' trains end to end all the time"),
         ({"scale": 3}, "scale = 3 is for super-resolution, not for classification; leave --scale out"),
         ({"task": "super-resolution", "image_size": 32}, "image_size = 32 is for classification and detection"),
         ({"task": "super-resolution", "scale": 5}, "scale = 5: should be less than or equal to 4"),
@@ -166,6 +170,20 @@ def test_halving_at_the_milestones():
     assert values == [0.4] * 35 + [0.2] * 21 + [0.1] * 14
     assert rates(schedule="halving") == [0.4] * 47 + [0.2] * 23
     assert rates(schedule="halving", warmup_epochs=1)[:8] == pytest.approx([0.4 * i / 8 for i in range(1, 8)] + [0.4])
+
+
+def test_the_finish_has_one_cycle_of_its_own():
+    values = rates(finish=0.2, warmup_epochs=0)
+    shorter = [learning_rate(RunConfig(epochs=8, lr=0.4, warmup_epochs=0), step, 7) for step in range(56)]
+    assert values[:56] == shorter  # the schedule comes to its end before
+    # 14 steps: up for 4.2 of them from 1/25 to half of the peak, then down
+    assert values[56] == pytest.approx(0.2 / 25)
+    assert max(values[56:]) == values[60] == pytest.approx(0.2, rel=0.02)
+    assert all(a < b for a, b in itertools.pairwise(values[56:61]))
+    assert all(a > b > 0 for a, b in itertools.pairwise(values[60:]))
+    assert max(rates(finish=0.2, finish_lr=0.04)[56:]) == pytest.approx(0.04, rel=0.02)
+    assert RunConfig(epochs=50, schedule="onecycle", finish=0.5).warmup == 7.5
+    assert (local_steps(RunConfig(epochs=1, finish=0.01), 3), local_steps(RunConfig(epochs=2), 3)) == (2, 6)
 
 
 def test_super_resolution_has_defaults_of_its_own():

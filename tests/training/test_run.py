@@ -11,6 +11,7 @@ from glcan.errors import CheckpointError, DataError
 from glcan.training import (
     Summary,
     build,
+    checkpoint,
     environment,
     evaluate,
     load_data,
@@ -19,6 +20,7 @@ from glcan.training import (
     read_metrics,
     train,
 )
+from glcan.training.schedule import learning_rate
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +98,34 @@ def test_build_begins_with_the_weights_of_the_seed_for_every_rule(tiny):
     for name, tensor in states[0].items():
         assert all(torch.equal(tensor, state[name]) for state in states[1:])
     assert any(not torch.equal(tensor, other[name]) for name, tensor in states[0].items())
+
+
+def test_the_finish_trains_the_whole_model_with_a_new_optimizer(tiny, tmp_path):
+    config = tiny(finish=1 / 3, finish_lr=0.02)
+    summary = train(config, tmp_path / "finish", progress=False)
+    train(tiny(epochs=2), tmp_path / "local", progress=False)
+    records, local = read_metrics(tmp_path / "finish"), read_metrics(tmp_path / "local")
+    assert [record["train_loss"] for record in records[:2]] == [record["train_loss"] for record in local]
+    assert records[2]["train_loss"].keys() == {"finish"}
+    assert (summary.blocks, len(summary.cuts), summary.auxiliary_parameters > 0) == (2, 1, True)
+
+    model, data = load_model(tmp_path / "local").train(), load_data(config)
+    checkpoint.set_rng_state(checkpoint.load(tmp_path / "local" / "checkpoint.pt")["rng"], torch.device("cpu"))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
+    for step, (images, labels) in enumerate(data.loader("train", config.batch, epoch=2)):
+        optimizer.param_groups[0]["lr"] = learning_rate(config, 6 + step, 3)
+        torch.nn.functional.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    finished = load_model(tmp_path / "finish").state_dict()
+    assert all(torch.equal(finished[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_an_epoch_in_which_the_finish_begins_has_the_losses_of_both(tiny, tmp_path):
+    train(tiny(epochs=1, finish=1 / 3), tmp_path, progress=False)
+    losses = read_metrics(tmp_path)[0]["train_loss"]
+    assert list(losses) == ["block1", "block2", "finish"]
+    assert all(0.5 < loss < 4 for loss in losses.values())  # means, of ten classes
 
 
 def test_label_smoothing_reaches_the_loss(tiny):

@@ -44,6 +44,8 @@ _PANELS = {
         "milestones",
         "warmup_epochs",
         "clip_norm",
+        "finish",
+        "finish_lr",
     ),
     "Machine": ("precision", "channels_last", "device", "workers", "seed", "deterministic"),
 }

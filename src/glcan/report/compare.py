@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import itertools
 import json
@@ -31,6 +32,8 @@ REQUEST = "request.json"
 RESULT = "comparison.json"
 DOCUMENT = "comparison.md"
 
+DEFAULT_FINISH = 0.1
+
 
 def compare(
     config: RunConfig,
@@ -51,8 +54,10 @@ def compare(
 
     Args:
         config: data, model and schedule of all runs. ``seed``, ``rule`` and ``blocks`` come from the other arguments;
-            ``cuts`` and ``rule_options`` go to the methods of ``config.rule``.
-        methods: "e2e", "checkpoint", "checkpoint-sqrt", or a rule with its number of blocks such as "glcan:4".
+            ``cuts`` and ``rule_options`` go to the methods of ``config.rule``, ``finish`` and ``finish_lr`` to those
+            with a finish; their finish is a tenth where the configuration has none.
+        methods: "e2e", "checkpoint", "checkpoint-sqrt", or a rule with its number of blocks such as "glcan:4" or
+            "glcan:4+finish".
         seeds: of the initial weights, the order of the images and their augmentation; one run each.
         out: new, empty, or the directory of this comparison.
         progress: report progress on standard error and print the table.
@@ -195,6 +200,8 @@ def _configs(config: RunConfig, methods: list[Method], seeds: Sequence[int]) -> 
             "memory": None,
             "recompute": False,
             "rule_options": {},
+            "finish": (config.finish or DEFAULT_FINISH) if method.finish else 0.0,
+            "finish_lr": config.finish_lr if method.finish else None,
         }
         if not method.baseline:
             change["blocks"] = method.blocks
@@ -257,22 +264,42 @@ def _check_initial_weights(configs: dict[Method, RunConfig]) -> str:
 
 
 def _costs(configs: dict[Method, RunConfig]) -> tuple[dict[str, StepCost], dict[str, list[float]], int]:
-    """Cost of a metered step of each method, seconds of the interleaved steps, and the images in such a step."""
+    """Cost of a metered step of each method, seconds of the interleaved steps, and the images in such a step.
+
+    With a finish: the larger of the two peaks, and the mean of FLOPs and seconds over the run.
+    """
     data = load_data(next(iter(configs.values())))
     costs: dict[str, StepCost] = {}
     learners: dict[str, LocalLearner] = {}
     batch: tuple[Any, ...] = ()
-    for method, config in configs.items():
+    finish = next((c.finish for c in configs.values() if c.finish), 0.0)
+    steps = {method.name: config for method, config in configs.items()}
+    if finish:
+        change: dict[str, Any] = {"rule": "checkpoint", "rule_options": {}, "blocks": None, "cuts": None}
+        change |= {"finish": 0.0, "finish_lr": None}
+        steps["finish"] = RunConfig(**(next(iter(configs.values())).model_dump() | change))
+    for name, config in steps.items():
         learner = build(config, data)
         batch = _batch(config, learner, next(iter(data.loader("train", config.batch))))
         learner.train()
-        costs[method.name] = measure_step(learner, *batch)
+        costs[name] = measure_step(learner, *batch)
         del learner
         gc.collect()
-    for method, config in configs.items():
-        learners[method.name] = build(config, data)
-        learners[method.name].train()
-    return costs, time_steps(learners, batch), len(batch[0])
+    for name, config in steps.items():
+        learners[name] = build(config, data)
+        learners[name].train()
+    seconds = time_steps(learners, batch)
+    for method in configs:
+        if method.finish:
+            local, last = costs[method.name], costs["finish"]
+            costs[method.name] = dataclasses.replace(
+                max(local, last, key=lambda cost: cost.peak_bytes),
+                activation_peak_bytes=max(local.activation_peak_bytes, last.activation_peak_bytes),
+                flops=round((1 - finish) * local.flops + finish * last.flops),
+            )
+            pairs = zip(seconds[method.name], seconds["finish"], strict=True)
+            seconds[method.name] = [(1 - finish) * own + finish * other for own, other in pairs]
+    return costs, seconds, len(batch[0])
 
 
 def _batch(config: RunConfig, learner: LocalLearner, batch: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -337,14 +364,15 @@ def _references(first: Summary) -> list[Reference]:
 
 
 def _curve(summary: Summary, records: list[list[dict[str, Any]]], validated: bool) -> Curve:
-    """The validation metric over the epochs, or without validation data the loss of the last block in training."""
+    """The validation metric over the epochs, or without validation data the model's own loss in training."""
     name = f"val_{summary.metric.name}" if validated else "train_loss"
-    last = f"block{summary.blocks}"
     return {
         "name": name,
         "unit": summary.metric.unit if validated else MEASURES[summary.config.task].units["loss"],
         "epochs": [record["epoch"] for record in records[0]],
-        "values": [[record[name] if validated else record[name][last] for record in run] for run in records],
+        "values": [
+            [record[name] if validated else list(record[name].values())[-1] for record in run] for run in records
+        ],
     }
 
 

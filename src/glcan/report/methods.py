@@ -1,4 +1,4 @@
-"""How a method of a comparison is written: a baseline's name, or ``rule:blocks``."""
+"""How a method of a comparison is written: a baseline's name, ``rule:blocks``, or ``rule:blocks+finish``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from glcan import rules
 from glcan.errors import ConfigError, UnknownName
 
-BASELINES = ("e2e", "checkpoint", "checkpoint-sqrt")
+_FINISH = "+finish"
 
 
 @dataclass(frozen=True)
@@ -16,19 +16,21 @@ class Method:
     """A rule and its number of blocks; the baselines train in one block.
 
     Attributes:
-        name: as the user wrote it, ``"e2e"`` or ``"glcan:4"``.
+        name: as the user wrote it, ``"e2e"``, ``"glcan:4"`` or ``"glcan:4+finish"``.
         rule: the name of the rule.
         blocks: the number of blocks.
+        finish: whether the last steps train the whole model at once.
     """
 
     name: str
     rule: str
     blocks: int
+    finish: bool = False
 
     @property
     def baseline(self) -> bool:
         """Whether this is plain or checkpointed back-propagation."""
-        return self.rule in BASELINES
+        return self.rule in rules.BASELINES
 
     @property
     def folder(self) -> str:
@@ -37,17 +39,21 @@ class Method:
 
 
 def parse_method(text: str) -> Method:
-    """Read one method: ``"e2e"``, ``"checkpoint"``, ``"checkpoint-sqrt"`` or ``"glcan:4"``.
+    """Read one method: ``"e2e"``, ``"checkpoint"``, ``"checkpoint-sqrt"``, ``"glcan:4"`` or ``"glcan:4+finish"``.
 
     Raises:
         UnknownName: no rule has this name.
         ConfigError: the number of blocks is missing, is no positive integer, or was given to a baseline.
     """
-    rule, colon, blocks = (part.strip() for part in text.partition(":"))
-    known = list(dict.fromkeys([*BASELINES, *rules.names()]))
+    local = "".join(text.split())
+    finish = local.endswith(_FINISH)
+    rule, colon, blocks = local.removesuffix(_FINISH).partition(":")
+    known = rules.names()
     if rule not in known:
         raise UnknownName("method", rule, known, hint="A rule is followed by its number of blocks, as in 'glcan:4'.")
-    if rule in BASELINES:
+    if rule in rules.BASELINES:
+        if finish:
+            raise ConfigError(f"Method {text!r} gives a finish to {rule!r}, which trains end to end all the time.")
         if colon:
             raise ConfigError(
                 f"Method {text!r} gives a number of blocks to {rule!r}, which trains end to end in one block. "
@@ -57,7 +63,7 @@ def parse_method(text: str) -> Method:
     if not blocks.isdecimal() or int(blocks) < 1:
         stated = f"the number of blocks {blocks!r}, which is no positive integer" if colon else "no number of blocks"
         raise ConfigError(f"Method {text!r} has {stated}. Write the rule and its blocks, as in '{rule}:4'.")
-    return Method(f"{rule}:{int(blocks)}", rule, int(blocks))
+    return Method(f"{rule}:{int(blocks)}{_FINISH if finish else ''}", rule, int(blocks), finish)
 
 
 def parse_methods(texts: Sequence[str]) -> list[Method]:

@@ -17,7 +17,10 @@ RULES: dict[str, type[Rule]] = {
     rule.name: rule for rule in (EndToEnd, Checkpoint, CheckpointSqrt, PredSim, DGL, InfoPro, GLCAN)
 }
 
-__all__ = ["RULES", "Rule", "Site", "create", "names"]
+#: Those that train the whole model at once.
+BASELINES: tuple[str, ...] = tuple(name for name, rule in RULES.items() if not rule.local)
+
+__all__ = ["BASELINES", "RULES", "Rule", "Site", "create", "names"]
 
 
 def names() -> list[str]:

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic_core import ErrorDetails
 
 from glcan.errors import ConfigError, UnknownName
+from glcan.rules import BASELINES
 from glcan.sizes import parse_bytes
 
 #: Fields that say where a run happens, not what it computes. They alone may differ when a run is resumed.
@@ -138,6 +139,10 @@ class RunConfig(BaseModel):
     with halving."""
     clip_norm: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """Largest gradient norm of a block, larger ones are scaled down; default: no limit."""
+    finish: float = Field(default=0.0, ge=0, le=0.5)
+    """Share of the steps, at the end, that train the whole model at once with activation checkpointing; 0 for none."""
+    finish_lr: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Peak learning rate of the finish, which has one cycle of its own; default: half of --lr."""
 
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic: fp32, or bf16 autocast with fp32 weights."""
@@ -211,14 +216,27 @@ class RunConfig(BaseModel):
                 f"blocks = {self.blocks} contradicts {len(self.cuts)} cuts, which make {len(self.cuts) + 1} blocks; "
                 "give one of the two."
             )
+        if self.finish_lr is not None and not self.finish:
+            raise ConfigError(f"finish_lr = {self.finish_lr:g} is of a finish; set --finish 0.1 or leave it out.")
+        if self.finish and self.rule in BASELINES:
+            raise ConfigError(
+                f"finish = {self.finish:g} ends local learning end to end, and the baseline {self.rule!r} trains end "
+                "to end all the time; leave it out, or choose a local rule such as 'glcan'."
+            )
         if self.optimizer == "sgd" and self.nesterov and self.momentum == 0:
             raise ConfigError("nesterov = true needs momentum above 0; set --momentum 0.9 or --no-nesterov.")
-        if self.warmup_epochs is not None and self.warmup_epochs >= self.epochs:
+        if self.warmup_epochs is not None and self.warmup_epochs >= self.local_epochs:
+            finish = f" less the finish of {self.finish:g}" if self.finish else ""
             raise ConfigError(
-                f"warmup_epochs = {self.warmup_epochs:g} must be less than epochs = {self.epochs}; "
+                f"warmup_epochs = {self.warmup_epochs:g} must be less than epochs = {self.epochs}{finish}; "
                 "lower --warmup-epochs or raise --epochs."
             )
         return self
+
+    @property
+    def local_epochs(self) -> float:
+        """Epochs before the finish; all of them without one."""
+        return self.epochs * (1 - self.finish)
 
     @property
     def warmup(self) -> float:
@@ -227,7 +245,7 @@ class RunConfig(BaseModel):
             return self.warmup_epochs
         if self.schedule == "halving":
             return 0.0
-        return 0.3 * self.epochs if self.schedule == "onecycle" else min(1.0, self.epochs / 10)
+        return 0.3 * self.local_epochs if self.schedule == "onecycle" else min(1.0, self.local_epochs / 10)
 
     def differences(self, other: RunConfig) -> dict[str, tuple[Any, Any]]:
         """Fields, those of place excepted, in which two configurations differ: {name: (own, other's)}."""

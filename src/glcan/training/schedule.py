@@ -7,6 +7,7 @@ import math
 from glcan.training.config import RunConfig
 
 # One-cycle (Smith and Topin, arXiv 1708.07120), with the numbers of torch.optim.lr_scheduler.OneCycleLR.
+_ONECYCLE_RISE = 0.3
 _ONECYCLE_START = 1 / 25
 _ONECYCLE_END = 1 / 25 / 1e4
 
@@ -14,23 +15,35 @@ _HALVED_AT = (2 / 3,)  # EDSR's training: at 200,000 of 300,000 updates
 _TENTHS_AT = (2 / 3, 8 / 9)  # detectors on COCO: after 60,000 and 80,000 of 90,000 steps
 
 
+# Of the peak learning rate of the run: the finish's, where none is given.
+_FINISH = 0.5
+
+
+def local_steps(config: RunConfig, steps_per_epoch: int) -> int:
+    """Optimizer steps before the finish; all steps of the run without one."""
+    total = config.epochs * steps_per_epoch
+    return max(1, min(total - 1, round(total * (1 - config.finish)))) if config.finish else total
+
+
 def learning_rate(config: RunConfig, step: int, steps_per_epoch: int) -> float:
-    """Learning rate of one optimizer step.
+    """Learning rate of one optimizer step: the schedule up to the finish, then one cycle of the finish's own.
 
     Args:
-        config: its ``lr`` (the peak), ``schedule``, ``milestones``, ``warmup`` and ``epochs``.
+        config: its ``lr`` (the peak), ``schedule``, ``milestones``, ``warmup``, ``epochs``, ``finish`` and
+            ``finish_lr``.
         step: 0 for the first step of the run.
         steps_per_epoch: optimizer steps in an epoch.
 
     Returns:
         Above 0 at every step from 0 to ``epochs * steps_per_epoch - 1``.
     """
-    total = config.epochs * steps_per_epoch
+    total = local_steps(config, steps_per_epoch)
+    if step >= total:
+        length = config.epochs * steps_per_epoch - total
+        return (config.finish_lr or _FINISH * config.lr) * _one_cycle(step - total, length, _ONECYCLE_RISE * length)
     warmup = config.warmup * steps_per_epoch
     if config.schedule == "onecycle":
-        if step < warmup:
-            return config.lr * _between(_ONECYCLE_START, 1.0, step / warmup)
-        return config.lr * _between(1.0, _ONECYCLE_END, (step - warmup) / (total - warmup))
+        return config.lr * _one_cycle(step, total, warmup)
     if step < warmup:
         return config.lr * (step + 1) / (math.floor(warmup) + 1)
     if config.schedule == "halving":
@@ -38,6 +51,13 @@ def learning_rate(config: RunConfig, step: int, steps_per_epoch: int) -> float:
     if config.schedule == "tenths":
         return config.lr * 0.1 ** sum(step >= share * total for share in config.milestones or _TENTHS_AT)
     return config.lr * _between(1.0, 0.0, (step - warmup) / (total - warmup))
+
+
+def _one_cycle(step: int, total: int, warmup: float) -> float:
+    """A step's share of the peak learning rate."""
+    if step < warmup:
+        return _between(_ONECYCLE_START, 1.0, step / warmup)
+    return _between(1.0, _ONECYCLE_END, (step - warmup) / (total - warmup))
 
 
 def _between(start: float, end: float, share: float) -> float:

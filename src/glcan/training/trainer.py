@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,7 @@ from glcan.training.environment import environment, resolve_device
 from glcan.training.evaluation import MEASURES, evaluate
 from glcan.training.progress import Reporter
 from glcan.training.run import Metric, RunDirectory, Summary, write_json
-from glcan.training.schedule import learning_rate
+from glcan.training.schedule import learning_rate, local_steps
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -160,8 +160,7 @@ def build(config: RunConfig, data: ImageData | PairData | DetectionData) -> Loca
         )
     if data.size("test") == 0:
         raise DataError(f"Data set {data.name!r} has no test images to end the run with. Add some, or choose another.")
-    with checkpoint.preserved_rng(device):
-        batch: tuple[Any, ...] = next(iter(data.loader("train", config.batch)))
+    batch = _first_batch(config, data, device)
     if config.task != "detection":  # whose images may differ in size
         _check_images(batch[0], data)
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
@@ -193,6 +192,14 @@ def build(config: RunConfig, data: ImageData | PairData | DetectionData) -> Loca
         ) from error
 
 
+def _first_batch(
+    config: RunConfig, data: ImageData | PairData | DetectionData, device: torch.device
+) -> tuple[Any, ...]:
+    with checkpoint.preserved_rng(device):
+        batch: tuple[Any, ...] = next(iter(data.loader("train", config.batch)))
+    return batch
+
+
 def autocast_dtype(config: RunConfig) -> torch.dtype | None:
     """The type of the autocast arithmetic; None for plain fp32."""
     return torch.bfloat16 if config.precision == "bf16" else None
@@ -207,6 +214,8 @@ class _Progress:
     step: int = 0  # optimizer steps
     images: int = 0  # images of the current epoch that are behind
     loss_sums: dict[str, float] = field(default_factory=dict)  # over these images, for each block
+    loss_images: dict[str, int] = field(default_factory=dict)  # how many of them a block has seen
+    finishing: bool = False  # whether the finish has begun
     epoch_seconds: float = 0.0  # training time of the current epoch
     train_seconds: float = 0.0
     wall_seconds: float = 0.0
@@ -272,6 +281,8 @@ class _Training:
         self.state = _Progress()
         self.history: list[dict[str, Any]] = []
         self.stop = _Stop()
+        self.local_steps = local_steps(config, self.steps_per_epoch)
+        self.plan, self.auxiliary_parameters = learner.plan, _count(learner.auxiliary)
         self._pending: tuple[int, int, list[str], Tensor, torch.cuda.Event | None] | None = None
         self._started = time.monotonic()
 
@@ -294,13 +305,15 @@ class _Training:
                     self._train_epoch(report)
                     record = self._evaluate_epoch()
                     self.history.append(record)
-                    seconds = self.state.train_seconds + self.state.epoch_seconds
-                    self.state = _Progress(
+                    self.state = replace(
+                        self.state,
                         epoch=self.state.epoch + 1,
-                        step=self.state.step,
-                        train_seconds=seconds,
-                        wall_seconds=self.state.wall_seconds,
-                        peak_bytes=self.state.peak_bytes,
+                        batch=0,
+                        images=0,
+                        loss_sums={},
+                        loss_images={},
+                        train_seconds=self.state.train_seconds + self.state.epoch_seconds,
+                        epoch_seconds=0.0,
                     )
                     self._save()
                     self.run.append_record(record)
@@ -325,6 +338,8 @@ class _Training:
             if batch is None:
                 break
             batch = to_device(batch, self.device, self.layout)
+            if state.step >= self.local_steps and not state.finishing:
+                self._begin_finish()
             rate = learning_rate(config, state.step, self.steps_per_epoch)
             for optimizer in self.learner.optimizers:
                 for group in optimizer.param_groups:
@@ -347,6 +362,26 @@ class _Training:
         began = time.monotonic()
         self._resolve_losses()
         state.epoch_seconds += time.monotonic() - began
+
+    def _begin_finish(self) -> None:
+        """From here on, the same model is trained end to end, with checkpointing and a new optimizer."""
+        from glcan.learner import LocalLearner
+
+        self._resolve_losses()
+        self.state.finishing = True
+        model = self.learner.model
+        batch = to_device(_first_batch(self.config, self.data, self.device), self.device, self.layout)
+        with checkpoint.preserved_rng(self.device):
+            self.learner = LocalLearner(
+                model,
+                _task(self.config),
+                batch,
+                units=self.config.units,
+                rule="checkpoint",
+                optimizer=_optimizer(self.config),
+                autocast=autocast_dtype(self.config),
+                clip_norm=self.config.clip_norm,
+            ).train()
 
     def _batches(self) -> Iterator[tuple[Any, ...]]:
         """The batches of the current epoch that are still to come."""
@@ -374,7 +409,8 @@ class _Training:
             values = values.to("cpu", non_blocking=True)
             event = torch.cuda.Event()
             event.record()
-        self._pending = (self.state.step, images, list(losses), values, event)
+        names = ["finish"] if self.state.finishing else list(losses)
+        self._pending = (self.state.step, images, names, values, event)
         if event is None:
             self._resolve_losses()
 
@@ -389,6 +425,7 @@ class _Training:
             if not math.isfinite(value):
                 raise self._not_finite(f"The loss of {name} became {value} at step {step}")
             self.state.loss_sums[name] = self.state.loss_sums.get(name, 0.0) + value * images
+            self.state.loss_images[name] = self.state.loss_images.get(name, 0) + images
 
     def _not_finite(self, what: str) -> NonFiniteLoss:
         config = self.config
@@ -406,7 +443,7 @@ class _Training:
             "epoch": state.epoch + 1,
             "step": state.step,
             "lr": learning_rate(config, state.step - 1, self.steps_per_epoch),
-            "train_loss": {name: total / state.images for name, total in state.loss_sums.items()},
+            "train_loss": {name: total / state.loss_images[name] for name, total in state.loss_sums.items()},
             "train_seconds": state.epoch_seconds,
             "images_per_second": state.images / max(state.epoch_seconds, 1e-9),
         }
@@ -464,6 +501,8 @@ class _Training:
                 f"The checkpoint is at step {progress.step}, which with {self.steps_per_epoch} batches per epoch would "
                 f"be step {expected}: data set {self.data.name!r} has another size now. Give it the files it had."
             )
+        if progress.finishing:
+            self._begin_finish()
         self.learner.load_state_dict(state["learner"])
         self.state, self.history = progress, state["history"]
         checkpoint.set_rng_state(state["rng"], self.device)
@@ -492,10 +531,10 @@ class _Training:
             seed=self.config.seed,
             epochs=self.config.epochs,
             steps=state.step,
-            blocks=learner.plan.blocks,
-            cuts=list(learner.plan.cuts),
+            blocks=self.plan.blocks,
+            cuts=list(self.plan.cuts),
             parameters=_count(learner.model),
-            auxiliary_parameters=_count(learner.auxiliary),
+            auxiliary_parameters=self.auxiliary_parameters,
             classes=class_names(self.data),
             preprocessing=self.data.preprocessing(),
             train_seconds=state.train_seconds,
