@@ -9,7 +9,7 @@ BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format check-slow bench clean
+.PHONY: help install demo test lint format check-slow bench localbench-quick clean
 
 help:
 	@echo "make demo        compare end-to-end, checkpointing and GLCAN on the embedded digits (minutes, no network)"
@@ -18,6 +18,7 @@ help:
 	@echo "make format      let ruff rewrite what it can"
 	@echo "make check-slow  the slow tests"
 	@echo "make bench       the benchmarks, into benchmarks/results"
+	@echo "make localbench-quick   every rule on every task, reduced to minutes, into runs/localbench-quick"
 	@echo "make clean       remove caches and build outputs; .venv and runs stay"
 
 $(STAMP): pyproject.toml
@@ -48,6 +49,9 @@ test: lint
 
 check-slow: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow -n $(WORKERS) --dist worksteal --durations 10
+
+localbench-quick: $(STAMP)
+	$(BIN)/python benchmarks/localbench.py --quick --out runs/localbench-quick
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/isolation_overhead.py

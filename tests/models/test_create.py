@@ -183,5 +183,5 @@ def test_option_that_an_own_factory_lacks_is_named(own):
 
 @pytest.mark.parametrize("name", [":net", "module:", "folder/file.py:net"])
 def test_path_that_is_no_import_path_is_refused(name):
-    with pytest.raises(ConfigError, match=r"package\.module:factory"):
+    with pytest.raises(ConfigError, match=r"package\.module:NAME"):
         models.create(name)

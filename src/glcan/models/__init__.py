@@ -15,17 +15,15 @@ Nothing is ever downloaded. torchvision, timm and spandrel are imported only whe
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import math
-import os
-import sys
 from typing import Any
 
 import torch
 from torch import nn
 
 from glcan.errors import ConfigError, UnknownName
+from glcan.importing import import_path
 from glcan.models import spandrel
 from glcan.models.cifar_resnet import DEPTHS, CifarResNet
 from glcan.models.detection import create_detector, detector_names, is_detector
@@ -211,27 +209,8 @@ def _timm(
 
 
 def _own(name: str, numbers: dict[str, int | None], options: dict[str, Any]) -> nn.Module:
-    """The user's own model. The current directory stays importable, for what their code imports later."""
-    module_name, _, attribute = name.partition(":")
-    if not module_name or not attribute or "/" in module_name:
-        raise ConfigError(f"{name!r} is no import path. Write package.module:factory, for example my.models:small_net.")
-    if os.getcwd() not in sys.path and "" not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is not None and f"{module_name}.".startswith(f"{error.name}."):
-            raise ConfigError(
-                f"There is no module {error.name!r} for the model {name!r}. It must be installed, or lie below the "
-                f"current directory {os.getcwd()} or on PYTHONPATH."
-            ) from error
-        raise ConfigError(f"The module {module_name!r} of the model {name!r} cannot be imported: {error}.") from error
-    factory: Any = module
-    for part in attribute.split("."):
-        if not hasattr(factory, part):
-            known = [key for key, value in vars(factory).items() if callable(value) and not key.startswith("_")]
-            raise UnknownName("factory", name, (f"{module_name}:{key}" for key in known))
-        factory = getattr(factory, part)
+    """The user's own model."""
+    factory = import_path(name, "model", "my.models:small_net")
     if isinstance(factory, nn.Module) or not callable(factory):
         raise ConfigError(
             f"{name!r} is {'an' if isinstance(factory, nn.Module) else 'no function but an'} object of type "

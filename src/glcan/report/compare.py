@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import itertools
 import json
@@ -19,7 +18,7 @@ from glcan.errors import ConfigError, RunError
 from glcan.learner import LocalLearner
 from glcan.memory import StepCost, measure_step
 from glcan.report import tables
-from glcan.report.costs import WARMUP_ROUNDS, time_steps, weights_sha256
+from glcan.report.costs import WARMUP_ROUNDS, time_steps, weights_sha256, with_finish
 from glcan.report.methods import Method, parse_methods
 from glcan.report.results import Comparison, Curve, MethodResult, Metric, Reference, VersusE2E
 from glcan.training import RunConfig, Summary, build, environment, load_data, read_metrics, train
@@ -291,12 +290,7 @@ def _costs(configs: dict[Method, RunConfig]) -> tuple[dict[str, StepCost], dict[
     seconds = time_steps(learners, batch)
     for method in configs:
         if method.finish:
-            local, last = costs[method.name], costs["finish"]
-            costs[method.name] = dataclasses.replace(
-                max(local, last, key=lambda cost: cost.peak_bytes),
-                activation_peak_bytes=max(local.activation_peak_bytes, last.activation_peak_bytes),
-                flops=round((1 - finish) * local.flops + finish * last.flops),
-            )
+            costs[method.name] = with_finish(costs[method.name], costs["finish"], finish)
             pairs = zip(seconds[method.name], seconds["finish"], strict=True)
             seconds[method.name] = [(1 - finish) * own + finish * other for own, other in pairs]
     return costs, seconds, len(batch[0])

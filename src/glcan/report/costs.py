@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import time
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from glcan.isolation import tensors_in
 
 if TYPE_CHECKING:
     from glcan.learner import LocalLearner
+    from glcan.memory import StepCost
 
 WARMUP_ROUNDS = 2
 MIN_ROUNDS, MAX_ROUNDS = 7, 41
@@ -38,6 +40,21 @@ def time_steps(learners: Mapping[str, LocalLearner], batch: tuple[Any, ...]) -> 
         for name, learner in learners.items():
             seconds[name].append(_time(learner, batch))
     return seconds
+
+
+def with_finish(local: StepCost, last: StepCost, share: float) -> StepCost:
+    """The cost of a step on average over a run whose last steps are others: the larger peaks, and the mean FLOPs.
+
+    Args:
+        local: before the finish.
+        last: of a step of the finish.
+        share: of the steps that the finish has.
+    """
+    return dataclasses.replace(
+        max(local, last, key=lambda cost: cost.peak_bytes),
+        activation_peak_bytes=max(local.activation_peak_bytes, last.activation_peak_bytes),
+        flops=round((1 - share) * local.flops + share * last.flops),
+    )
 
 
 def weights_sha256(model: nn.Module) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 from glcan.errors import ConfigError
 from glcan.profile import Feature
 
-__all__ = ["as_map", "reduce_to"]
+__all__ = ["as_map", "pooled", "reduce_to"]
 
 
 def as_map(tensor: Tensor, feature: Feature) -> Tensor:
@@ -51,3 +51,9 @@ def reduce_to(feature_map: Tensor, grid: tuple[int, int]) -> Tensor:
     if h % grid[0] == 0 and w % grid[1] == 0:
         return F.avg_pool2d(feature_map, (h // grid[0], w // grid[1]))
     return F.adaptive_avg_pool2d(feature_map, grid)
+
+
+def pooled(tensor: Tensor, feature: Feature) -> Tensor:
+    """The mean over the map, and for token models the mean of the special tokens added to it: [B, C]."""
+    mean = as_map(tensor, feature).mean((2, 3))
+    return mean + tensor[:, : feature.prefix].mean(1) if feature.prefix else mean

@@ -96,7 +96,8 @@ class RunConfig(BaseModel):
     """Download the data set where torchvision can and it is not found."""
 
     rule: str = "glcan"
-    """How the blocks learn: a rule (glcan), or a baseline (e2e, checkpoint, checkpoint-sqrt); see `glcan methods`."""
+    """How the blocks learn: a rule (glcan), a baseline (e2e, checkpoint, checkpoint-sqrt), or package.module:Class for
+    a rule of your own; see `glcan methods`."""
     blocks: int | None = Field(default=None, ge=1)
     """Number of gradient-isolated blocks; 1 is plain back-propagation; default: 4."""
     cuts: list[str] | None = None

@@ -24,6 +24,7 @@ from torch import nn
 
 from glcan.errors import ConfigError
 from glcan.profile import Feature
+from glcan.rules.backbone import move_towards
 from glcan.rules.base import Rule, Site
 from glcan.rules.dense_head import DenseHead, pyramid_grids, scale_of, total_classes
 from glcan.rules.glcan.classification import ClassificationAuxiliary
@@ -219,4 +220,4 @@ class GLCAN(Rule):
         for network in auxiliary.values():
             skeleton = network.skeleton
             assert isinstance(skeleton, BackboneSkeleton)
-            skeleton.move_towards(model, self.config.momentum)
+            move_towards(skeleton.names, skeleton.units, model, self.config.momentum)

@@ -5,16 +5,14 @@ Shape letters: B batch, C channels, H x W map, N tokens.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import itertools
 import math
-import warnings
 
-import torch
 from torch import Tensor, nn
 
 from glcan.profile import Feature
+from glcan.rules.backbone import copied, through
 from glcan.rules.base import Site
 from glcan.rules.maps import as_map
 
@@ -154,12 +152,7 @@ class BackboneSkeleton(nn.Module):
     def __init__(self, site: Site) -> None:
         super().__init__()
         self.names = _stage_entries(site)
-        self.units = nn.ModuleList()
-        for name in self.names:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of fake tensors, which are copied while a plan is made
-                unit = copy.deepcopy(site.model.get_submodule(name))
-            self.units.append(unit)
+        self.units = nn.ModuleList(copied(site.model, name) for name in self.names)
         last = site.profile.unit(self.names[-1]).output
         assert last is not None
         self.feature = last
@@ -167,18 +160,7 @@ class BackboneSkeleton(nn.Module):
 
     def forward(self, tensor: Tensor) -> Tensor:
         """The entering tensor in the model's own layout -> [B, channels]."""
-        value = tensor
-        for unit in self.units:
-            value = unit(value)
-        return as_map(value, self.feature).mean((2, 3))
-
-    @torch.no_grad()
-    def move_towards(self, model: nn.Module, momentum: float) -> None:
-        """Each copy becomes momentum * copy + (1 - momentum) * real unit."""
-        for name, unit in zip(self.names, self.units, strict=True):
-            real = dict(model.get_submodule(name).named_parameters())
-            for key, parameter in unit.named_parameters():
-                parameter.lerp_(real[key].to(parameter.dtype), 1 - momentum)
+        return as_map(through(self.units, tensor), self.feature).mean((2, 3))
 
 
 def _stage_entries(site: Site) -> list[str]:
