@@ -49,7 +49,9 @@ COMPARISONS = {
     "fashion_mnist_resnet32": Comparison(
         "fashion-mnist-resnet32", ("e2e", "checkpoint", "glcan:4", "glcan:16"), (0, 1, 2)
     ),
-    "photographs_edsr_small": Comparison("photographs-edsr-small-x2", ("e2e", "checkpoint", "glcan:4")),
+    "photographs_edsr_small": Comparison(
+        "photographs-edsr-small-x2", ("e2e", "checkpoint", "glcan:4", "glcan:4+finish")
+    ),
     "scenes_fcos_small": Comparison({"task": "detection"}, ("e2e", "checkpoint", "dgl:4", "glcan:4")),
 }
 

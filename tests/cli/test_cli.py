@@ -300,7 +300,7 @@ def test_a_mistake_in_a_process():
     output, errors = process.communicate(timeout=100)
     assert process.returncode == 2
     assert output == ""
-    assert errors == "error: Unknown rule 'glcann'. Did you mean 'glcan'?\n"
+    assert errors == "error: Unknown rule 'glcann'. Did you mean 'glcan', 'auglocal'?\n"
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
