@@ -218,8 +218,11 @@ class Isolation(TorchFunctionMode):
             self._replaying, self.block = before
 
     @contextlib.contextmanager
-    def _suspended(self) -> Iterator[None]:
-        """The mode off the stack, so that a unit runs at full speed; other modes of the user's stay."""
+    def suspended(self) -> Iterator[None]:
+        """Operations are not looked at, and run at full speed: a unit's, or those of what is no part of the model.
+
+        Other modes of the user's stay.
+        """
         if _top_mode() is self:
             _pop_mode()
             try:
@@ -305,7 +308,7 @@ class Isolation(TorchFunctionMode):
         return self._run_unit(forward, args, kwargs)
 
     def _run_unit(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        with self._suspended():
+        with self.suspended():
             args, kwargs = self._incoming((args, kwargs))
             out = forward(*args, **kwargs)
             self._outgoing(out)
@@ -313,7 +316,7 @@ class Isolation(TorchFunctionMode):
 
     def _cross(self, cut: str, args: Any, kwargs: Any) -> None:
         entering: dict[int, Tensor] = {}
-        with self._suspended():
+        with self.suspended():
             for tensor in tensors_in((args, kwargs)):
                 own = self.twin(tensor)
                 if own.requires_grad and not isinstance(own, nn.Parameter):

@@ -419,9 +419,10 @@ class LocalLearner:
         runs = self.rule.segments(network) if name in self.plan.recompute else []
 
         def learn(boundary: Boundary, batch: tuple[Any, ...], share: float) -> Tensor:
-            with checkpointed(network, runs):
-                prediction = network(boundary, batch)
-            loss = self.rule.local_loss(self.task, prediction, batch)
+            with self._isolation.suspended():  # thousands of small operations in a detector's losses
+                with checkpointed(network, runs):
+                    prediction = network(boundary, batch)
+                loss = self.rule.local_loss(self.task, prediction, batch)
             if share != 1:
                 loss = loss * share
             del prediction

@@ -490,7 +490,7 @@ class _Recorder(Isolation):
             self._train()
         out = super()._call(name, forward, args, kwargs)
         if first:
-            with self._suspended():  # looking at a tensor is no use of it
+            with self.suspended():  # looking at a tensor is no use of it
                 maps = [t for t in tensors_in(out) if t.is_floating_point() and t.dim() >= 2]
                 main = max(maps, key=lambda t: t.numel(), default=None)
             self.notes[name].output = None if main is None else tuple(main.shape)

@@ -51,33 +51,46 @@ def test_losses_in_train_mode_and_boxes_in_eval_mode(name: str) -> None:
     assert [set(one) for one in found] == [{"boxes", "labels", "scores"}] * 2
 
 
-@pytest.mark.parametrize("name", ["retinanet_small", "fcos_small"])
-def test_small_detectors_have_three_levels_and_their_anchors(name: str) -> None:
+@pytest.mark.parametrize(("name", "finest"), [("retinanet_small", 16), ("fcos_small", 32)])
+def test_small_detectors_have_three_levels_and_their_anchors(name: str, finest: int) -> None:
     model = create(name, num_classes=4, width=16, channels=32).eval()
     maps = list(model.backbone(torch.rand(1, 3, 128, 128)).values())
-    assert [tuple(m.shape[1:]) for m in maps] == [(32, 16, 16), (32, 8, 8), (32, 4, 4)]
+    assert [tuple(m.shape[1:]) for m in maps] == [(32, side, side) for side in (finest, finest // 2, finest // 4)]
     assert len(model.anchor_generator.sizes) == 3
     assert model.transform.min_size == (96,)
 
 
 def test_the_levels_of_fcos_small_share_the_objects() -> None:
-    """A small centred object is matched on the finest level alone, a large one on the coarser ones."""
+    """Each octave of the scenes has its level: small objects the finest alone, large ones the coarsest alone."""
     from torchvision.models.detection.image_list import ImageList
 
-    model = create("fcos_small", num_classes=4, image_size=160).eval()
-    maps = list(model.backbone(torch.rand(1, 3, 160, 160)).values())
-    anchors = model.anchor_generator(ImageList(torch.rand(1, 3, 160, 160), [(160, 160)]), maps)[0]
+    model = create("fcos_small", num_classes=4, image_size=96).eval()
+    maps = list(model.backbone(torch.rand(1, 3, 96, 96)).values())
+    anchors = model.anchor_generator(ImageList(torch.rand(1, 3, 96, 96), [(96, 96)]), maps)[0]
     counts = [m.shape[-1] * m.shape[-2] for m in maps]
     matched: list[torch.Tensor] = []
     model.head.compute_loss = lambda targets, outputs, anchors, idxs: matched.append(idxs[0]) or {}
     levels = []
-    for side in (24, 48, 96):
-        box = torch.tensor([[80 - side / 2, 80 - side / 2, 80 + side / 2, 80 + side / 2]])
+    for side in (16, 34, 68):
+        box = torch.tensor([[48 - side / 2, 48 - side / 2, 48 + side / 2, 48 + side / 2]])
         model.compute_loss([{"boxes": box, "labels": torch.tensor([1])}], {}, [anchors], counts)
         levels.append([int((part >= 0).sum()) for part in matched.pop().split(counts)])
-    assert all(sum(level) for level in levels)
+    assert [max(range(3), key=level.__getitem__) for level in levels] == [0, 1, 2]
     assert levels[0][1:] == [0, 0]
-    assert levels[2][0] == 0
+    assert levels[2][:2] == [0, 0]
+
+
+def test_the_heads_of_fcos_small_are_torchvisions_with_groups_of_8_channels() -> None:
+    from torchvision.models.detection.fcos import FCOSClassificationHead, FCOSHead, FCOSRegressionHead
+
+    head = create("fcos_small", num_classes=4, channels=64).head
+    assert [type(m) for m in (head, head.classification_head, head.regression_head)] == [
+        FCOSHead,
+        FCOSClassificationHead,
+        FCOSRegressionHead,
+    ]
+    groups = [(m.num_groups, m.num_channels) for m in head.modules() if isinstance(m, nn.GroupNorm)]
+    assert groups == [(8, 64)] * 4
 
 
 def test_frozen_normalisation_has_no_batch_statistics() -> None:
@@ -105,7 +118,8 @@ def test_sizes() -> None:
         ("retinanet_small", {"num_classes": 1}, "at least 2, background included"),
         ("retinanet_small", {"norm": "group"}, "'batch' or 'frozen'"),
         ("retinanet_small", {"width": 0}, "width=0"),
-        ("fcos_small", {"channels": 40}, "multiple of 32"),
+        ("fcos_small", {"channels": 36}, "multiple of 8"),
+        ("fcos_small", {"convs": 0}, "at least 1 convolution"),
         ("retinanet_small", {"anchor_generator": 3}, "cannot be made"),
         ("retinanet_small", {"min_size": []}, "min_size="),
         ("retinanet_small", {"min_size": 100, "max_size": 90}, "at least min_size=100"),

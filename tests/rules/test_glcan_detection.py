@@ -43,10 +43,13 @@ def networks(learner: LocalLearner) -> list[DetectionAuxiliary]:
     return found
 
 
-@pytest.mark.parametrize("anchors", [1, 7, 10**6])
+@pytest.mark.parametrize(("anchors", "together"), [(1, 0), (7, 0), (10**6, 0), (10**6, 10**9)])
 @pytest.mark.parametrize("name", SMALL)
-def test_losses_in_parts_are_the_losses(name: str, anchors: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_losses_in_parts_are_the_losses(
+    name: str, anchors: int, together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(detection, "_PART", anchors * 4)  # four classes
+    monkeypatch.setattr(detection, "_TOGETHER", together)
     model = detector(name).double()
     parameters = list(model.parameters())
     whole = model(*batch(torch.float64))
@@ -147,13 +150,13 @@ def test_more_budget_gives_wider_pyramids() -> None:
 
 
 def test_levels_begin_at_the_blocks_own_scale() -> None:
-    learner = LocalLearner(detector("fcos_small"), "detection", batch(), cuts=CUTS)
+    learner = LocalLearner(detector("retinanet_small"), "detection", batch(), cuts=CUTS)
     first, second = networks(learner)
     assert first.levels == [(8, 8), (4, 4), (2, 2)]  # its own map is 16 x 16, finer than the detector's finest level
     assert first.reduction == [2]
     assert second.levels == [(4, 4), (2, 2)]
     alone = LocalLearner(
-        detector("fcos_small"), "detection", batch(), cuts=CUTS, rule="dgl", rule_options={"budget": 0.5}
+        detector("retinanet_small"), "detection", batch(), cuts=CUTS, rule="dgl", rule_options={"budget": 0.5}
     )
     assert [network.levels for network in networks(alone)] == [[(8, 8)], [(4, 4)]]
 
@@ -168,7 +171,7 @@ def test_a_cut_behind_the_pyramid_hands_on_all_of_its_levels() -> None:
 
 def test_without_the_local_branch_the_finest_level_comes_from_the_coarser_ones() -> None:
     options = {"use_local": False}
-    learner = LocalLearner(detector("fcos_small"), "detection", batch(), cuts=CUTS, rule_options=options)
+    learner = LocalLearner(detector("retinanet_small"), "detection", batch(), cuts=CUTS, rule_options=options)
     for network in networks(learner):
         given: list[Any] = []
         network.head.register_forward_pre_hook(lambda module, inputs, given=given: given.append(inputs[0]))

@@ -114,7 +114,7 @@ def test_a_local_rule_on_every_detector(name: str) -> None:
 
 
 #: The levels of the pyramid that come from before the second cut.
-BESIDE = {"retinanet_small": {"0"}, "fcos_small": {"0"}, "fasterrcnn_resnet18_fpn": {"0", "1"}}
+BESIDE = {"retinanet_small": {"0"}, "fcos_small": {"0", "1"}, "fasterrcnn_resnet18_fpn": {"0", "1"}}
 
 
 def test_one_block_of_a_local_rule_is_plain_back_propagation() -> None:
@@ -183,7 +183,7 @@ def test_a_dry_run_with_assumed_values_comes_close(name: str) -> None:
     real = dryrun.dry_run(model, batch(), meter)
     assert fake[-1] is False
     assert assumed[1] == real[1]
-    assert assumed[0] == pytest.approx(real[0], rel=0.02)
+    assert assumed[0] == pytest.approx(real[0], rel=0.03)  # the places on objects are assumed, not found
 
 
 def test_the_model_is_given_copies_of_the_targets() -> None:

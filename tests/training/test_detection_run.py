@@ -120,7 +120,7 @@ def test_the_command_that_plans() -> None:
     for rule in ("dgl", "glcan"):
         local = found("fcos_small", "--image", "160x160", "--blocks", "4", rule=rule)
         assert (local["rule"], local["blocks"]) == (rule, 4)
-        assert local["vs_e2e"]["activation_ratio"] < 0.6
+        assert local["vs_e2e"]["activation_ratio"] < 0.7
 
 
 def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@
 Objects come from Fashion-MNIST where it is found, grouped into five kinds that differ in shape, else from the digits of
 scikit-learn. Backgrounds are the photographs that the wheels of scikit-image and scikit-learn hold. Train and test
 scenes have no object and no photograph in common. Each scene has one to five objects of three sizes, an octave apart:
-1/8 to 1/4 of the side of the image, 1/4 to 1/2, and 1/2 to 3/4; turned by up to 45 degrees, tinted, partly overlapping.
+1/8 to 1/4 of the side of the image, 1/4 to 1/2, and 1/2 to 3/4; turned by up to 15 degrees, tinted, partly overlapping.
 
 Scene i is a function of (part, side, seed, i) alone, so that fewer scenes are the first of more.
 
@@ -35,9 +35,9 @@ SIDE = 96
 TRAIN, TEST = 2000, 400
 SIZES = ((1 / 8, 1 / 4), (1 / 4, 1 / 2), (1 / 2, 3 / 4))  # of the longer side of an object, in sides of the image
 MOST = 5  # objects of a scene
-MAX_ANGLE = 45.0  # degrees
-MAX_IOU = 0.3  # of two boxes
-MIN_VISIBLE = 0.5  # share of an object that later ones leave uncovered
+MAX_ANGLE = 15.0  # degrees
+MAX_IOU = 0.15  # of two boxes
+MIN_VISIBLE = 0.8  # share of an object that later ones leave uncovered
 _TRIES = 8  # places tried for an object before it is left out
 
 #: The ten classes of Fashion-MNIST by kind. Finer classes (shirt, pullover, coat) differ in texture that 20 pixels do

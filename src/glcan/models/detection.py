@@ -6,6 +6,9 @@
 | `retinanet_resnet18_fpn`, `fcos_resnet34_fpn`, `fasterrcnn_resnet101_fpn`, ... | the same, any of four ResNets |
 | `retinanet_small`, `fcos_small` | a narrow ResNet-18 with a pyramid of three levels, for small images and for CPUs |
 
+`fcos_small` has the first three stages alone, and its pyramid begins at stride 4: at 96 pixels an object is 3 to 6
+places wide on its own level.
+
 All of them start from random weights. As in torchvision, label 0 is the background, so `num_classes` is the number of
 kinds of objects plus one; and the model itself normalises, resizes and pads the images (`model.transform`).
 
@@ -38,6 +41,7 @@ SMALL = {
 """The small detectors, and the options that are ours."""
 SMALL_SIZE = 96  # pixels of the shorter side
 COCO_CLASSES = 91  # torchvision's default: COCO's category ids, background included
+_GROUP = 8  # channels of a group of the normalisation in the heads of `fcos_small`
 MAX_TO_MIN = 1333 / 800  # the usual limit of the longer side, in shorter sides
 
 
@@ -183,18 +187,19 @@ def _faster_rcnn(body: str, *, norm: str = "batch", **options: Any) -> nn.Module
 
 # ---------------------------------------------------------------- small
 #
-# Strides 8, 16 and 32. Anchors of RetinaNet for objects of about 16-32, 32-64 and 64-128 pixels, ranges of FCOS for
-# objects up to about 64, up to 128 and larger: half of what is published, because small images hold small objects.
+# RetinaNet: strides 8, 16 and 32, anchors for objects of about 16-32, 32-64 and 64-128 pixels: half of what is
+# published, because small images hold small objects. FCOS: strides 4, 8 and 16, for objects up to about 24 pixels, up
+# to 48, and larger, so that at 96 pixels each octave of the scenes has a level of its own.
 
 
-def _small_pyramid(width: int, channels: int, norm: str) -> nn.Module:
-    """ResNet-18 with `width` in place of 64 channels, and P3, P4, P5 of `channels` channels."""
+def _small_pyramid(width: int, channels: int, norm: str, stages: int = 4) -> nn.Module:
+    """ResNet-18 with `width` in place of 64 channels, and a pyramid of `channels` channels on its last three stages."""
     from torchvision.models.detection.backbone_utils import BackboneWithFPN
 
-    widths = [width, 2 * width, 4 * width, 8 * width]
+    widths = [width * 2**stage for stage in range(stages)]
     body = _narrow_resnet(widths, _norm_layer(norm))
-    layers = {"layer2": "0", "layer3": "1", "layer4": "2"}
-    pyramid = BackboneWithFPN(body, layers, widths[1:], channels)
+    layers = {f"layer{stages - 2 + level}": str(level) for level in range(3)}
+    pyramid = BackboneWithFPN(body, layers, widths[-3:], channels)
     pyramid.fpn.extra_blocks = None  # three levels, no pooled one
     return pyramid
 
@@ -241,22 +246,41 @@ def _small_retinanet(*, width: int = 32, channels: int = 64, norm: str = "batch"
 
 
 def _small_fcos(
-    *, num_classes: int, width: int = 32, channels: int = 64, convs: int = 2, norm: str = "batch", **options: Any
+    *, num_classes: int, width: int = 16, channels: int = 32, convs: int = 2, norm: str = "batch", **options: Any
 ) -> nn.Module:
     from torchvision.models.detection import FCOS
     from torchvision.models.detection.anchor_utils import AnchorGenerator
-    from torchvision.models.detection.fcos import FCOSHead
 
     if convs < 1:
         raise ConfigError(f"convs={convs} of fcos_small: its heads need at least 1 convolution.")
-    if channels % 32:
-        raise ConfigError(f"channels={channels} of fcos_small: it must be a multiple of 32, for its GroupNorm.")
+    if channels < _GROUP or channels % _GROUP:
+        raise ConfigError(f"channels={channels} of fcos_small: it must be a multiple of {_GROUP}, for its GroupNorm.")
     # A location belongs to the level whose anchor is 1/8 to 1/4 of its distance to the farthest side of the object.
-    anchors = AnchorGenerator(((4,), (8,), (16,)), ((1.0,),) * 3)
+    finest = 1.75
+    anchors = AnchorGenerator(tuple((finest * 2**level,) for level in range(3)), ((1.0,),) * 3)
     defaults = {
         "anchor_generator": anchors,
-        "center_sampling_radius": 3.0,  # in anchors: 1.5 strides, as published
+        "center_sampling_radius": 6 / finest,  # in anchors: 1.5 strides, as published
         "score_thresh": 0.05,  # as published; torchvision's 0.2 costs average precision where scores are low
-        "head": FCOSHead(channels, 1, num_classes, num_convs=convs),  # published are 4, which learn more slowly
+        "head": _small_fcos_head(channels, num_classes, convs),
     }
-    return FCOS(_small_pyramid(width, channels, norm), num_classes=num_classes, **(defaults | options))
+    return FCOS(_small_pyramid(width, channels, norm, stages=3), num_classes=num_classes, **(defaults | options))
+
+
+def _small_fcos_head(channels: int, num_classes: int, convs: int) -> nn.Module:
+    """Torchvision's head of FCOS with fewer convolutions (published are 4), for training from random weights.
+
+    Deviations: groups of 8 channels in the normalisation, where 32 groups would be 1 or 2 channels each; and He et
+    al.'s initial weights before it, where steps of Adam are large beside the published standard deviation of 0.01.
+    """
+    from torchvision.models.detection.fcos import FCOSClassificationHead, FCOSHead, FCOSRegressionHead
+
+    norm_layer = partial(nn.GroupNorm, channels // _GROUP)
+    head = FCOSHead(channels, 1, num_classes, num_convs=convs)
+    head.classification_head = FCOSClassificationHead(channels, 1, num_classes, convs, norm_layer=norm_layer)
+    head.regression_head = FCOSRegressionHead(channels, 1, convs, norm_layer=norm_layer)
+    for tower in (head.classification_head.conv, head.regression_head.conv):
+        for layer in tower:
+            if isinstance(layer, nn.Conv2d):
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+    return head

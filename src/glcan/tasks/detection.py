@@ -17,6 +17,7 @@ from glcan.errors import ConfigError, DataError
 from glcan.tasks.base import Task
 
 _PART = 2**22  # predictions for which the losses are computed at a time: 16 MiB of them
+_TOGETHER = 2**17  # predictions of a whole batch for which they are computed at once: 0.5 MiB of them
 _EXAMPLE_BOXES = 7  # of an image; COCO's have 7.3 on average
 
 
@@ -119,10 +120,15 @@ def losses_in_parts(model: nn.Module) -> Iterator[None]:
     ) -> dict[str, Tensor]:
         names: list[str] = []
 
-        def loss(image: int, some: slice, mine: Sequence[Tensor]) -> list[Tensor]:
+        def loss(image: int | None, some: slice, mine: Sequence[Tensor]) -> list[Tensor]:
+            predictions = dict(zip(outputs, mine, strict=True))
+            if image is None:
+                losses = whole(targets, predictions, anchors, matched)
+                names[:] = losses
+                return list(losses.values())
             match = matched[image][some]
             # these losses are divided by the number of anchors on objects in this part
-            losses = whole([targets[image]], dict(zip(outputs, mine, strict=True)), [anchors[image][some]], [match])
+            losses = whole([targets[image]], predictions, [anchors[image][some]], [match])
             names[:] = losses
             multiplied, divided = _on_objects([match]), divisor(matched, image)
             return [value * multiplied / divided for value in losses.values()]
@@ -158,30 +164,36 @@ def _divisor(head: Any) -> Callable[[list[Tensor], int], Tensor] | None:
 
 
 class _InParts(torch.autograd.Function):
-    """Losses of predictions [B, N, C], which are going to be added up, part by part; keeps their gradient alone."""
+    """Losses of predictions [B, N, C], which are going to be added up, part by part; keeps their gradient alone.
+
+    A part is some anchors of one image, or the whole batch where that is small: that costs less time.
+    """
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, loss: Callable[[int, slice, Sequence[Tensor]], list[Tensor]], *outputs: Tensor
+        ctx: Any, loss: Callable[[int | None, slice, Sequence[Tensor]], list[Tensor]], *outputs: Tensor
     ) -> tuple[Tensor, ...]:
         wide = [torch.float32 if o.dtype == torch.float16 else o.dtype for o in outputs]  # float16 would underflow
         ctx.gradients = [torch.zeros_like(o, dtype=dtype) for o, dtype in zip(outputs, wide, strict=True)]
         images, anchors = outputs[0].shape[:2]
-        step = max(1, _PART // max(o.shape[-1] for o in outputs))
+        widest = max(o.shape[-1] for o in outputs)
+        step = max(1, _PART // widest)
+        together = images * anchors * widest <= min(_PART, _TOGETHER)
         losses: list[Tensor] = []
-        for image in range(images):
-            for start in range(0, anchors, step):
+        for image in [None] if together else range(images):
+            rows = slice(None) if image is None else slice(image, image + 1)
+            for start in range(0, anchors, max(1, anchors) if together else step):
                 some = slice(start, start + step)
                 with torch.enable_grad():
                     mine = [
-                        o.detach()[image : image + 1, some].to(dtype).requires_grad_()
+                        o.detach()[rows, some].to(dtype).requires_grad_()
                         for o, dtype in zip(outputs, wide, strict=True)
                     ]
                     parts = loss(image, some, mine)
                     found = torch.autograd.grad(sum(parts[1:], start=parts[0]), mine, allow_unused=True)
                 for gradient, part in zip(ctx.gradients, found, strict=True):
                     if part is not None:
-                        gradient[image : image + 1, some] = part
+                        gradient[rows, some] = part
                 parts = [part.detach() for part in parts]
                 losses = [a + b for a, b in zip(losses, parts, strict=True)] if losses else parts
                 del mine, parts, found, gradient, part

@@ -36,8 +36,8 @@ TASK_DEFAULTS: dict[str, dict[str, Any]] = {
     "detection": {
         "model": "fcos_small",
         "data": "scenes",
-        "epochs": 12,
-        "batch": 8,
+        "epochs": 16,
+        "batch": 16,
         "optimizer": "adamw",
         "lr": 2e-3,
         "weight_decay": 1e-2,
