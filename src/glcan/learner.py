@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["LocalLearner"]
 
 OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
+_Crossing = dict[str, tuple[Feature, ...]]  # by the name of the cut
 
 
 class LocalLearner:
@@ -147,15 +148,17 @@ class LocalLearner:
         self.plan = self._make_plan(batch, blocks, cuts, recompute)
         self.names = names = self.plan.names
         self._users = self._find_users()
+        skipping: dict[str, tuple[Feature, ...]] = {}
         if self.plan.blocks > 1:
-            self.plan = self.plan.entered_by(self._survey(batch, leak_check))
+            entering, skipping = self._survey(batch, leak_check)
+            self.plan = self.plan.entered_by(entering)
             self._check_trained()
         self.auxiliary = nn.ModuleDict(
             {
                 name: self.rule.build(
-                    Site(model, self.profile, self.task, self.plan.units[i + 1][0], self.plan.blocks, i)
+                    Site(model, self.profile, self.task, cut, self.plan.blocks, i, skipping.get(cut.name, ()))
                 )
-                for i, name in enumerate(names[:-1])
+                for i, (name, (cut, *_)) in enumerate(zip(names, self.plan.units[1:], strict=False))
                 if self._entering(i)
             }
         )
@@ -268,12 +271,17 @@ class LocalLearner:
                 self._block_optimizer[k] = optimizer
                 self.optimizers.append(optimizer)
 
-    def _survey(self, batch: tuple[Any, ...], leak_check: bool) -> dict[str, tuple[Feature, ...]]:
-        """A dry run with the cuts: what enters each of them; raises `GradientLeak` if a gradient crosses one."""
+    def _survey(self, batch: tuple[Any, ...], leak_check: bool) -> tuple[_Crossing, _Crossing]:
+        """A dry run with the cuts: what of a block's own enters the unit at each of them, and what passes it by.
+
+        Raises:
+            GradientLeak: a gradient crosses a cut.
+        """
         names = {id(p): name for name, p in self.model.named_parameters()}
 
-        def check(model: nn.Module, batch: tuple[Any, ...]) -> dict[str, tuple[Feature, ...]]:
-            entering: dict[str, tuple[Feature, ...]] = {}
+        def check(model: nn.Module, batch: tuple[Any, ...]) -> tuple[_Crossing, _Crossing]:
+            entering: _Crossing = {}
+            skipping: _Crossing = {}
             twins = {name: p for name, p in model.named_parameters()}
             allowed: list[list[nn.Parameter]] = [[] for _ in self.plan.units]
             for key, blocks in self._users.items():
@@ -296,9 +304,10 @@ class LocalLearner:
 
             def at_cut(boundary: Boundary) -> None:
                 tensors = (*boundary.entering, *boundary.skipping)
-                entering[boundary.cut] = tuple(
-                    read_feature(tuple(t.shape), self.profile.batch, self.profile.image) for t in boundary.entering
-                )
+                for found, own in ((entering, boundary.entering), (skipping, boundary.skipping)):
+                    found[boundary.cut] = tuple(
+                        read_feature(tuple(t.shape), self.profile.batch, self.profile.image) for t in own
+                    )
                 if leak_check and tensors:
                     look(boundary.block, sum((t.float().sum() for t in tensors), torch.zeros(())))
 
@@ -312,7 +321,7 @@ class LocalLearner:
                 total = sum((t.float().sum() for t in losses if t.requires_grad), torch.zeros(()))
                 if leak_check and total.requires_grad:
                     look(self.plan.blocks - 1, total)
-            return entering
+            return entering, skipping
 
         return dry_run(self.model, batch, check, assume=self.task.assumes)
 
@@ -344,7 +353,6 @@ class LocalLearner:
             )
         losses = self._run(batch, None, self._update)
         self._update(len(self._own))
-        self.rule.after_step(self.auxiliary, self.model)
         return losses
 
     def _update(self, block: int) -> None:
@@ -358,6 +366,7 @@ class LocalLearner:
         optimizer.zero_grad(set_to_none=True)
 
     def _run(self, batch: tuple[Any, ...], scaler: Any, finish: Callable[[int], None] | None) -> dict[str, Tensor]:
+        self.rule.before_pass(self.auxiliary, self.model)
         losses: dict[str, Tensor] = {}
         forward = self._forward_autocast(batch)
         isolation = self._isolation

@@ -16,6 +16,7 @@ from glcan import Boundary, LiveMemory, LocalLearner
 from glcan.errors import ConfigError
 from glcan.models import create
 from glcan.rules import create as create_rule
+from glcan.rules.glcan.classification import LookAhead
 from glcan.rules.maps import as_map, reduce_to
 
 BATCH = (torch.randn(4, 3, 32, 32), torch.tensor([1, 2, 3, 4]))
@@ -112,13 +113,14 @@ def test_the_skeleton_stands_for_the_stages_to_come() -> None:
 @pytest.mark.parametrize("momentum", [0.0, 0.75, 0.9])
 @pytest.mark.parametrize("build", [resnet, vit])
 def test_momentum_exchange_is_the_exact_moving_average(build: Any, momentum: float) -> None:
-    mine = learner(build(), unit="backbone", momentum=momentum)
+    mine = learner(build(), unit="backbone", momentum=momentum, coupling=0.0)
     plain = copy.deepcopy(mine)  # the same learner without the exchange
-    plain.rule = create_rule("glcan", {"unit": "backbone"})
+    plain.rule = create_rule("glcan", {"unit": "backbone", "coupling": 0.0})
     torch.manual_seed(0)
     mine.step(*BATCH)
     torch.manual_seed(0)
     plain.step(*BATCH)
+    mine.rule.before_pass(mine.auxiliary, mine.model)
     compared = 0
     for name, network in mine.auxiliary.items():
         for unit_name, unit, before in zip(
@@ -133,6 +135,60 @@ def test_momentum_exchange_is_the_exact_moving_average(build: Any, momentum: flo
     assert compared > 10
     if momentum == 0:
         assert torch.equal(parameter, real[key])
+
+
+@pytest.mark.parametrize("options", [{}, {"coupling": 0.25}, {"coupling": 0.0}])
+def test_networks_of_a_stage_are_drawn_together(options: dict[str, float]) -> None:
+    mine = learner(blocks=8, **options)
+    share = options.get("coupling", 0.1)
+    before = copy.deepcopy(mine.auxiliary)
+    mine.rule.before_pass(mine.auxiliary, mine.model)
+    stages: dict[str, list[str]] = {}
+    for name, network in before.items():
+        stages.setdefault(repr(network), []).append(name)
+    assert max(map(len, stages.values())) > 1 < len(stages)
+    for alike in stages.values():
+        for key, _ in before[alike[0]].named_parameters():
+            mean = torch.stack([before[name].get_parameter(key) for name in alike]).mean(0)
+            for name in alike:
+                wanted = (1 - share) * before[name].get_parameter(key) + share * mean
+                torch.testing.assert_close(mine.auxiliary[name].get_parameter(key), wanted)
+    moved = [not torch.equal(p, mine.auxiliary.get_parameter(n)) for n, p in before.named_parameters()]
+    assert any(moved) == bool(share)
+
+
+@pytest.mark.parametrize("step", [True, False])
+def test_the_copy_before_the_end_is_the_real_unit_of_today(step: bool) -> None:
+    mine = LocalLearner(resnet(), sample=BATCH, cuts=["layer2.0", "layer3.4"], optimizer=OPTIMIZER)
+    network = mine.auxiliary["block2"]
+    assert isinstance(network, LookAhead)
+    assert not isinstance(mine.auxiliary["block1"], LookAhead)
+    real = mine.model.get_submodule("layer3.4")
+    for _ in range(2):
+        if step:
+            mine.step(*BATCH)
+        else:
+            mine.backward(*BATCH)
+            with torch.no_grad():
+                for parameter in real.parameters():
+                    parameter -= 0.1 * parameter.grad
+    assert all(real.get_parameter(key).requires_grad for key, _ in real.named_parameters())
+    used: dict[str, Tensor] = {}
+    network.unit.register_forward_hook(lambda unit, *_: used.update((k, b.clone()) for k, b in unit.named_buffers()))
+    wanted = {key: parameter.detach().clone() for key, parameter in real.named_parameters()}
+    mine.backward(*BATCH)
+    assert len(wanted) > 3
+    for key, parameter in wanted.items():
+        assert torch.equal(used[key], parameter)
+
+
+def test_a_copy_that_would_cost_too_much_is_not_made() -> None:
+    cheap = LocalLearner(resnet(), sample=BATCH, cuts=["layer3.4"], rule_options={"budget": 0.01, "unit_share": 0.0})
+    assert not isinstance(cheap.auxiliary["block1"], LookAhead)
+    none = LocalLearner(resnet(), sample=BATCH, cuts=["layer3.4"], rule_options={"look_ahead": 0})
+    assert not isinstance(none.auxiliary["block1"], LookAhead)
+    two = LocalLearner(resnet(), sample=BATCH, cuts=["layer3.3", "layer3.4"], rule_options={"look_ahead": 2})
+    assert all(isinstance(network, LookAhead) for network in two.auxiliary.values())
 
 
 def test_copies_are_no_part_of_the_model() -> None:
@@ -163,6 +219,8 @@ def test_copies_are_no_part_of_the_model() -> None:
         ({"momentum": 0.9}, "unit='backbone'"),
         ({"momentum": 0.9, "unit": "backbone", "use_global": False}, "use_global=True"),
         ({"unit_share": -1.0}, "unit_share"),
+        ({"coupling": 1.5}, "glcan.coupling is 1.5"),
+        ({"look_ahead": 17}, "glcan.look_ahead is 17"),
     ],
 )
 def test_options_that_cannot_be(options: dict[str, Any], message: str) -> None:

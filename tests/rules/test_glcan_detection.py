@@ -102,7 +102,7 @@ def test_auxiliary_networks_learn_the_targets_as_the_model_sees_them() -> None:
     made: list[Any] = []
     learner.model.transform.register_forward_hook(lambda module, given, output: made.append(output))  # type: ignore[union-attr]
     sizes = set()
-    for _ in range(8):  # the size is drawn at random
+    for _ in range(16):  # the size is drawn at random
         learner.backward(*batch())
         assert len(made) == 1
         images, targets = made.pop()
@@ -154,11 +154,34 @@ def test_levels_begin_at_the_blocks_own_scale() -> None:
     first, second = networks(learner)
     assert first.levels == [(8, 8), (4, 4), (2, 2)]  # its own map is 16 x 16, finer than the detector's finest level
     assert first.reduction == [2]
-    assert second.levels == [(4, 4), (2, 2)]
+    assert second.levels == [(8, 8), (4, 4), (2, 2)]  # the end of the second stage passes by
+    assert second.at == [1, 0]
     alone = LocalLearner(
         detector("retinanet_small"), "detection", batch(), cuts=CUTS, rule="dgl", rule_options={"budget": 0.5}
     )
     assert [network.levels for network in networks(alone)] == [[(8, 8)], [(4, 4)]]
+
+
+def test_maps_that_pass_by_a_cut_are_levels_where_the_detector_will_read_them() -> None:
+    cuts = ["backbone.body.layer2.1", "backbone.body.layer3.0"]
+    learner = LocalLearner(detector("fcos_small"), "detection", batch(), cuts=cuts)
+    first, second = networks(learner)
+    assert first.levels == [(16, 16), (8, 8), (4, 4)]
+    assert first.at == [1, 0]  # what enters, and the end of the first stage, which goes on to the pyramid
+    assert second.levels == [(8, 8), (4, 4)]  # the end of the first stage is the first block's
+    seen: list[Boundary] = []
+    first.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    second.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    learner.backward(*batch())
+    assert [tuple(t.shape[-2:]) for t in seen[0].skipping] == [(16, 16)]
+    assert seen[1].skipping == ()
+    # Without the deeper unit, what passes by is all that teaches the first stage.
+    learner.model.zero_grad()
+    nn.init.zeros_(first.lateral[0].weight)
+    learner.backward(*batch())
+    gradients = dict(learner.model.named_parameters())
+    assert gradients["backbone.body.layer1.1.conv2.weight"].grad.abs().max() > 0  # type: ignore[union-attr]
+    assert gradients["backbone.body.layer2.0.conv2.weight"].grad.abs().max() == 0  # type: ignore[union-attr]
 
 
 def test_a_cut_behind_the_pyramid_hands_on_all_of_its_levels() -> None:

@@ -15,9 +15,21 @@ from torch import Tensor, nn
 
 from glcan.isolation import tensors_in
 from glcan.profile import Feature, Profile, Unit
+from glcan.rules.base import Site
 from glcan.rules.maps import as_map, reduce_to
 
-__all__ = ["Adapter", "copied", "copyable", "form", "frozen_copy", "layers", "move_towards", "redrawn", "through"]
+__all__ = [
+    "Adapter",
+    "copied",
+    "copyable",
+    "followers",
+    "form",
+    "frozen_copy",
+    "layers",
+    "move_towards",
+    "redrawn",
+    "through",
+]
 
 
 def form(feature: Feature) -> tuple[str, int, tuple[int, int], int]:
@@ -51,6 +63,26 @@ def layers(profile: Profile) -> list[Unit]:
 
 def _keeps(unit: Unit) -> bool:
     return unit.output is not None and unit.output.grid == unit.entering[0].grid
+
+
+def followers(site: Site, count: int) -> list[Unit]:
+    """The units to copy: the first one after the cut that takes the trunk, and those that take what it gives.
+
+    What only leads from one stage to the next comes with them, but does not count.
+    """
+    counted = {unit.name for unit in layers(site.profile)}
+    found: list[Unit] = []
+    feature = site.trunk
+    for unit in copyable(site.profile, site.cut.index):
+        if sum(u.name in counted for u in found) == count:
+            break
+        if unit.entering and form(unit.entering[0]) == form(feature):
+            assert unit.output is not None
+            found.append(unit)
+            feature = unit.output
+        elif found:
+            break
+    return found
 
 
 def copied(model: nn.Module, name: str) -> nn.Module:

@@ -28,6 +28,8 @@ class Site:
         cut: the unit that begins the next block.
         blocks: K, of the plan.
         block: the number of the block that ends here, from 0; none while cuts are being looked for.
+        skipping: of the block's own tensors that pass by the cut, in the order of ``Boundary.skipping``; none while
+            cuts are being looked for, since it depends on the other ones.
     """
 
     model: nn.Module
@@ -36,6 +38,7 @@ class Site:
     cut: Unit
     blocks: int
     block: int | None = None
+    skipping: tuple[Feature, ...] = ()
 
     @property
     def depth(self) -> float:
@@ -128,8 +131,8 @@ class Rule(ABC):
         """Entered around each forward pass of the model."""
         return contextlib.nullcontext()
 
-    def after_step(self, auxiliary: nn.ModuleDict, model: nn.Module) -> None:
-        """Called after each step, when every block has been updated."""
+    def before_pass(self, auxiliary: nn.ModuleDict, model: nn.Module) -> None:
+        """Called before each training pass, where auxiliary networks may look at the weights of today."""
 
 
 def read_config(rule: str, config: type[Any], options: Mapping[str, Any]) -> Any:

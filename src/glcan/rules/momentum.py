@@ -1,7 +1,7 @@
 """Momentum auxiliary networks: MAN (Su et al. 2024, arXiv 2407.05623) and MAN++ (Su et al. 2025, arXiv 2507.16279).
 
 A block has the auxiliary network of another rule, `dgl` or `infopro`, but behind a copy of the next block's first
-unit. The copy begins equal to that unit and follows it: after each step its weights become
+unit. The copy begins equal to that unit and follows it: before each pass its weights become
 ``momentum * copy + (1 - momentum) * unit``. No gradient trains them (they are buffers), but gradients go through them
 to the block. So the block learns what the next one can use, and no gradient crosses the cut.
 
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from glcan.errors import ConfigError
 from glcan.isolation import Boundary
 from glcan.profile import Unit
-from glcan.rules.backbone import copied, copyable, form, frozen_copy, layers, move_towards, redrawn, through
+from glcan.rules.backbone import copied, followers, frozen_copy, move_towards, redrawn, through
 from glcan.rules.base import Rule, Site
 from glcan.rules.dgl import DGL
 from glcan.rules.infopro import InfoPro
@@ -50,7 +50,7 @@ class MAN(Rule):
 
         Attributes:
             base: the auxiliary network behind the copy: "dgl" or "infopro" (with cross-entropy).
-            momentum: of the copy: after each step, this share of it is kept.
+            momentum: of the copy: from one pass to the next, this share of it is kept.
             units: how many units are copied from the cut on, one after the other.
             bias: "unit": a second, trained unit beside the copy, as in the authors' code; "channel": a number for each
                 channel, 0 at first; "none": the copy alone, as in the paper's ablation.
@@ -117,7 +117,7 @@ class MAN(Rule):
         own = [[f"{kind}.{i}"] for kind in kinds for i in range(len(auxiliary.copies))]
         return own + [[f"base.{name}" for name in run] for run in self.base.segments(auxiliary.base)]
 
-    def after_step(self, auxiliary: nn.ModuleDict, model: nn.Module) -> None:
+    def before_pass(self, auxiliary: nn.ModuleDict, model: nn.Module) -> None:
         for network in auxiliary.values():
             if isinstance(network, MomentumAuxiliary):
                 move_towards(network.names, network.copies, model, self.config.momentum)
@@ -129,26 +129,6 @@ class MANPlusPlus(MAN):
     name: ClassVar[str] = "manpp"
     summary: ClassVar[str] = "momentum copy of the next unit, learnable bias and scale (arXiv 2507.16279)"
     scaled: ClassVar[bool] = True
-
-
-def followers(site: Site, count: int) -> list[Unit]:
-    """The units to copy: the first one after the cut that takes the trunk, and those that take what it gives.
-
-    What only leads from one stage to the next comes with them, but does not count.
-    """
-    counted = {unit.name for unit in layers(site.profile)}
-    found: list[Unit] = []
-    feature = site.trunk
-    for unit in copyable(site.profile, site.cut.index):
-        if sum(u.name in counted for u in found) == count:
-            break
-        if unit.entering and form(unit.entering[0]) == form(feature):
-            assert unit.output is not None
-            found.append(unit)
-            feature = unit.output
-        elif found:
-            break
-    return found
 
 
 class MomentumAuxiliary(nn.Module):

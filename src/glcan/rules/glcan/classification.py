@@ -1,4 +1,4 @@
-"""The auxiliary network of classification: pooled local features and the skeleton's, joined and classified."""
+"""The auxiliary networks of classification."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from glcan.isolation import Boundary
-from glcan.profile import Feature
+from glcan.profile import Feature, Unit
+from glcan.rules.backbone import frozen_copy, through
 from glcan.rules.glcan.skeleton import BackboneSkeleton, Skeleton
-from glcan.rules.maps import as_map, reduce_to
+from glcan.rules.maps import as_map, pooled, reduce_to
 
 
 class ClassificationAuxiliary(nn.Module):
@@ -56,3 +57,28 @@ class ClassificationAuxiliary(nn.Module):
         if self.norm is not None:
             joined.append(self.norm(torch.cat(local, 1)))
         return self.head(torch.cat(joined, 1))
+
+
+class LookAhead(nn.Module):
+    """A copy of the next real unit, and a linear classifier: the end of the model, as it would be if it ended there.
+
+    The copy has the unit's present weights. Gradients go through it to the block, none trains it.
+
+    Args:
+        main: index of the tensor that the unit takes.
+        model: the model.
+        unit: to be copied.
+        classes: of the task.
+    """
+
+    def __init__(self, main: int, model: nn.Module, unit: Unit, classes: int) -> None:
+        super().__init__()
+        assert unit.output is not None
+        self.main, self.name, self.feature = main, unit.name, unit.output
+        self.unit = frozen_copy(model, unit.name)
+        self.norm = nn.LayerNorm(unit.output.channels)
+        self.head = nn.Linear(unit.output.channels, classes)
+
+    def forward(self, boundary: Boundary, batch: Any) -> Tensor:
+        """-> logits [B, classes]."""
+        return self.head(self.norm(pooled(through([self.unit], boundary.entering[self.main]), self.feature)))

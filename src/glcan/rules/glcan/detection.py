@@ -1,6 +1,7 @@
 """The auxiliary network of detection: a small pyramid from the block's own maps down, and a light head on it.
 
-- *local branch*: each map that leaves the block, as a level of the pyramid at (about) its own scale;
+- *local branch*: each map that leaves the block, as a level of the pyramid at (about) its own scale; maps that pass by
+  the next unit on their way to the detector's own pyramid are among them;
 - *global branch*: the macro-skeleton of what is still to come, one strided convolution for each coarser level;
 - *collaboration*: from the coarsest level up, each is added to the next finer one, as in a feature pyramid (Lin et al.
   2017, arXiv 1612.03144), and all of them go through the same head.
@@ -62,7 +63,8 @@ class DetectionAuxiliary(nn.Module):
     """Maps of a block -> a dict of losses.
 
     Args:
-        features: of the tensors that enter the cut.
+        features: of the maps that are read.
+        read: which tensors these are, of those that enter the cut and then those that pass by it.
         levels: grids of the pyramid, the finest one first, see `levels_of`; the first one alone: no global branch.
         task: whose transformed targets are learned.
         transform: the detector's own, for batches that the detector has not seen.
@@ -74,6 +76,7 @@ class DetectionAuxiliary(nn.Module):
     def __init__(
         self,
         features: tuple[Feature, ...],
+        read: Sequence[int],
         levels: Sequence[tuple[int, int]],
         task: Detection,
         transform: nn.Module,
@@ -82,7 +85,7 @@ class DetectionAuxiliary(nn.Module):
         local: bool = True,
     ) -> None:
         super().__init__()
-        self.features, self.task, self.local = features, task, local
+        self.features, self.read, self.task, self.local = features, tuple(read), task, local
         self.levels = list(levels)
         self._transform = (transform,)  # a tuple, so that the model's module does not become ours
         self.at = [nearest_level(f.grid, self.levels) for f in features]
@@ -101,10 +104,11 @@ class DetectionAuxiliary(nn.Module):
         """-> the losses of classes, boxes and centerness."""
         images, targets = self.task.transformed(batch, self._transform[0])
         maps: list[Tensor | None] = [None] * len(self.levels)
-        for tensor, feature, lateral, level, reduction in zip(
-            boundary.entering, self.features, self.lateral, self.at, self.reduction, strict=True
+        tensors = (*boundary.entering, *boundary.skipping)
+        for i, feature, lateral, level, reduction in zip(
+            self.read, self.features, self.lateral, self.at, self.reduction, strict=True
         ):
-            own = as_map(tensor, feature)
+            own = as_map(tensors[i], feature)
             maps[level] = _sum(maps[level], lateral(F.avg_pool2d(own, reduction, ceil_mode=True)))
         for i, unit in enumerate(self.units):
             finer = maps[i]

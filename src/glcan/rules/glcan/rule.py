@@ -18,16 +18,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import ClassVar, Literal
+from collections.abc import Iterable
+from typing import Any, ClassVar, Literal
 
+import torch
 from torch import nn
 
 from glcan.errors import ConfigError
-from glcan.profile import Feature
-from glcan.rules.backbone import move_towards
+from glcan.profile import Feature, Unit
+from glcan.rules.backbone import followers, layers, move_towards
 from glcan.rules.base import Rule, Site
 from glcan.rules.dense_head import DenseHead, pyramid_grids, scale_of, total_classes
-from glcan.rules.glcan.classification import ClassificationAuxiliary
+from glcan.rules.glcan.classification import ClassificationAuxiliary, LookAhead
 from glcan.rules.glcan.detection import DetectionAuxiliary, fit_width, levels_of
 from glcan.rules.glcan.skeleton import (
     BackboneSkeleton,
@@ -45,6 +47,8 @@ from glcan.tasks.super_resolution import SuperResolution
 
 _BUDGETS = {"classification": 0.07, "super-resolution": 0.12, "detection": 0.09}
 _UNIT_SHARES = {"classification": 0.6, "super-resolution": 1.05, "detection": 0.0}
+# Classification: how far networks of the same structure are drawn together before each pass.
+_COUPLING = 0.1
 # Super-resolution: channels of the global branch, the widest map at full resolution; the most parts of a batch, and the
 # elements of that map below which a part is not worth the time.
 _CONTEXT, _WIDEST, _PARTS, _PART = 32, 48, 8, 2**19
@@ -78,8 +82,12 @@ class GLCAN(Rule):
             width: channels of the skeleton's units as a share of the real stages'; none: solved for the budget.
             unit: "conv" (a 3x3 convolution), or "backbone" (a full-width copy of the remaining stages' first units,
                 as earlier work has it; the budget does not apply).
-            momentum: after each step the copies become ``momentum * copy + (1 - momentum) * real unit``; needs
+            momentum: before each pass the copies become ``momentum * copy + (1 - momentum) * real unit``; needs
                 ``unit="backbone"``; none: no exchange.
+            coupling: before each pass, auxiliary networks of the same structure move this share of the way to their
+                mean; 0: each goes its own way; none: the task's own default, 0.1 for classification, else 0.
+            look_ahead: where no more than this many units are to come, a copy of the next real one stands in place of
+                both branches, if it costs no more than twice the share of an auxiliary network; 0: nowhere.
         """
 
         budget: float | None = None
@@ -92,6 +100,8 @@ class GLCAN(Rule):
         width: float | None = None
         unit: Literal["conv", "backbone"] = "conv"
         momentum: float | None = None
+        coupling: float | None = None
+        look_ahead: int = 4
 
         def __post_init__(self) -> None:
             if self.budget is not None and not 0 < self.budget <= 10:
@@ -116,6 +126,12 @@ class GLCAN(Rule):
                 raise ConfigError(
                     f"glcan.momentum is {self.momentum}; it must lie in [0, 1): 1 would freeze the copies for good."
                 )
+            if self.coupling is not None and not 0 <= self.coupling <= 1:
+                raise ConfigError(
+                    f"glcan.coupling is {self.coupling}; it must lie in [0, 1], 0 for networks that go their own way."
+                )
+            if not 0 <= self.look_ahead <= 16:
+                raise ConfigError(f"glcan.look_ahead is {self.look_ahead}; it must lie in 0 ... 16, 0 for nowhere.")
             if self.momentum is not None and (self.unit != "backbone" or not self.use_global):
                 raise ConfigError(
                     f"glcan.momentum is {self.momentum}, but it exchanges weights with the real units, so it needs "
@@ -151,7 +167,12 @@ class GLCAN(Rule):
                 f"{type(site.model).__name__} has no sub-module 'transform', which torchvision's detectors "
                 "resize images and boxes with; the auxiliary networks need the boxes as the model sees them."
             )
-        levels = levels_of(site.features, pyramid_grids(site.profile))
+        pyramid = pyramid_grids(site.profile)
+        features = (*site.features, *(site.skipping if self.config.use_global else ()))
+        # What passes by is read where the detector will read it: the pyramid's finer levels.
+        read = [i for i, f in enumerate(features) if i < len(site.features) or f.grid in pyramid]
+        features = tuple(features[i] for i in read)
+        levels = levels_of(features, pyramid)
         if not self.config.use_global:
             levels = levels[:1]
         classes = total_classes(site.model)
@@ -159,9 +180,9 @@ class GLCAN(Rule):
             width = max(8, 8 * round(self.config.width * site.trunk.channels / 8))
         else:
             each = self._share(site) / site.profile.batch
-            width = fit_width(site.features, levels, _TOWER, classes, each)
+            width = fit_width(features, levels, _TOWER, classes, each)
         head = DenseHead(width, _TOWER, classes, scale_of(site.model, site.profile))
-        return DetectionAuxiliary(site.features, levels, task, transform, head, width, self.config.use_local)
+        return DetectionAuxiliary(features, read, levels, task, transform, head, width, self.config.use_local)
 
     def _super_resolution(self, site: Site, task: SuperResolution) -> nn.Module:
         assert task.channels is not None
@@ -182,6 +203,9 @@ class GLCAN(Rule):
 
     def _classification(self, site: Site, task: Classification) -> nn.Module:
         assert task.classes is not None
+        unit = self._next_unit(site)
+        if unit is not None:
+            return LookAhead(site.main, site.model, unit, task.classes)
         feature = site.trunk
         skeleton: Skeleton | BackboneSkeleton | None = None
         grid: tuple[int, int] | None = None
@@ -192,6 +216,16 @@ class GLCAN(Rule):
             grid = levels[0].grid
             skeleton = self._skeleton(site, feature, levels)
         return ClassificationAuxiliary(site.main, site.features, grid, self.config.use_local, skeleton, task.classes)
+
+    def _next_unit(self, site: Site) -> Unit | None:
+        """The unit for `LookAhead`, if there is to be one."""
+        config = self.config
+        if not config.use_global or config.unit != "conv" or config.width is not None:
+            return None
+        if sum(unit.index >= site.cut.index for unit in layers(site.profile)) > config.look_ahead:
+            return None
+        found = followers(site, 1)
+        return found[0] if len(found) == 1 and found[0].flops <= 2 * self._share(site) else None
 
     def _skeleton(self, site: Site, feature: Feature, levels: list[Level]) -> Skeleton:
         share = self._share(site)
@@ -206,6 +240,8 @@ class GLCAN(Rule):
         return Skeleton(feature.channels, widths, strides_of(levels))
 
     def segments(self, auxiliary: nn.Module) -> list[list[str]]:
+        if isinstance(auxiliary, LookAhead):
+            return [["unit"]]
         skeleton = auxiliary.skeleton if isinstance(auxiliary, ClassificationAuxiliary) else None
         if skeleton is None:
             return []
@@ -214,10 +250,35 @@ class GLCAN(Rule):
             return [[name] for name in names]
         return [names[i : i + 3] for i in range(0, len(names), 3)]  # convolution, normalisation, activation
 
-    def after_step(self, auxiliary: nn.ModuleDict, model: nn.Module) -> None:
-        if self.config.momentum is None:
-            return
+    def before_pass(self, auxiliary: nn.ModuleDict, model: nn.Module) -> None:
+        own = [network for network in auxiliary.values() if not isinstance(network, LookAhead)]
+        share = self.config.coupling
+        if share is None:
+            share = _COUPLING if own and isinstance(own[0], ClassificationAuxiliary) else 0.0
+        if share:
+            draw_together(own, share)
         for network in auxiliary.values():
-            skeleton = network.skeleton
-            assert isinstance(skeleton, BackboneSkeleton)
-            move_towards(skeleton.names, skeleton.units, model, self.config.momentum)
+            if isinstance(network, LookAhead):
+                move_towards([network.name], [network.unit], model, 0.0)
+            elif self.config.momentum is not None:
+                skeleton = network.skeleton
+                assert isinstance(skeleton, BackboneSkeleton)
+                move_towards(skeleton.names, skeleton.units, model, self.config.momentum)
+
+
+@torch.no_grad()
+def draw_together(networks: Iterable[nn.Module], share: float) -> None:
+    """Networks of the same structure move this share of the way to their mean; statistics and buffers do not.
+
+    Elastic averaging (Zhang, Choromanska & LeCun 2015, arXiv 1412.6651), among networks that learn from different
+    blocks instead of different data.
+    """
+    alike: dict[Any, list[nn.Module]] = {}
+    for network in networks:
+        shapes = tuple((name, parameter.shape) for name, parameter in network.named_parameters())
+        alike.setdefault((repr(network), shapes), []).append(network)
+    for group in alike.values():
+        for together in zip(*(network.parameters() for network in group), strict=True) if len(group) > 1 else ():
+            mean = sum(together[1:], start=together[0].detach()) / len(together)
+            for parameter in together:
+                parameter.lerp_(mean, share)
