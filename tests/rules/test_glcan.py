@@ -157,38 +157,63 @@ def test_networks_of_a_stage_are_drawn_together(options: dict[str, float]) -> No
     assert any(moved) == bool(share)
 
 
+def ends(cuts: list[str], model: nn.Module | None = None, unit_share: float = 9.0, **options: Any) -> LocalLearner:
+    """Cut near the end, with a share that allows for copies."""
+    options = {"unit_share": unit_share} | options
+    return LocalLearner(model or resnet(), sample=BATCH, cuts=cuts, rule_options=options, optimizer=OPTIMIZER)
+
+
 @pytest.mark.parametrize("step", [True, False])
-def test_the_copy_before_the_end_is_the_real_unit_of_today(step: bool) -> None:
-    mine = LocalLearner(resnet(), sample=BATCH, cuts=["layer2.0", "layer3.4"], optimizer=OPTIMIZER)
-    network = mine.auxiliary["block2"]
-    assert isinstance(network, LookAhead)
-    assert not isinstance(mine.auxiliary["block1"], LookAhead)
-    real = mine.model.get_submodule("layer3.4")
-    for _ in range(2):
+def test_the_last_blocks_learn_what_they_would_end_to_end(step: bool) -> None:
+    mine = ends(["layer2.0", "layer3.3", "layer3.4"])
+    assert [isinstance(network, LookAhead) for network in mine.auxiliary.values()] == [False, True, True]
+    assert mine.auxiliary["block2"].names == ["layer3.3", "layer3.4"]
+    assert [len(list(mine.auxiliary[name].parameters())) for name in ("block2", "block3")] == [0, 0]
+    for _ in range(2):  # the copies follow
         if step:
             mine.step(*BATCH)
         else:
             mine.backward(*BATCH)
             with torch.no_grad():
-                for parameter in real.parameters():
+                for parameter in mine.model.parameters():
                     parameter -= 0.1 * parameter.grad
-    assert all(real.get_parameter(key).requires_grad for key, _ in real.named_parameters())
-    used: dict[str, Tensor] = {}
-    network.unit.register_forward_hook(lambda unit, *_: used.update((k, b.clone()) for k, b in unit.named_buffers()))
-    wanted = {key: parameter.detach().clone() for key, parameter in real.named_parameters()}
-    mine.backward(*BATCH)
-    assert len(wanted) > 3
-    for key, parameter in wanted.items():
-        assert torch.equal(used[key], parameter)
+    mine.model.zero_grad()
+    plain = copy.deepcopy(mine.model)
+    losses = mine.backward(*BATCH)
+    whole = nn.functional.cross_entropy(plain(BATCH[0]), BATCH[1])
+    whole.backward()
+    for name in ("block2", "block3", "block4"):
+        torch.testing.assert_close(losses[name], whole.detach())
+    wanted = dict(plain.named_parameters())
+    for name, parameter in mine.model.named_parameters():
+        if name.startswith(("layer2", "layer3", "fc")):
+            torch.testing.assert_close(parameter.grad, wanted[name].grad, rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(mine.model.conv1.weight.grad, wanted["conv1.weight"].grad, rtol=1e-2)
 
 
-def test_a_copy_that_would_cost_too_much_is_not_made() -> None:
-    cheap = LocalLearner(resnet(), sample=BATCH, cuts=["layer3.4"], rule_options={"budget": 0.01, "unit_share": 0.0})
-    assert not isinstance(cheap.auxiliary["block1"], LookAhead)
-    none = LocalLearner(resnet(), sample=BATCH, cuts=["layer3.4"], rule_options={"look_ahead": 0})
-    assert not isinstance(none.auxiliary["block1"], LookAhead)
-    two = LocalLearner(resnet(), sample=BATCH, cuts=["layer3.3", "layer3.4"], rule_options={"look_ahead": 2})
-    assert all(isinstance(network, LookAhead) for network in two.auxiliary.values())
+def test_copies_of_the_end_are_made_where_they_are_cheap() -> None:
+    def copied(mine: LocalLearner) -> list[bool]:
+        return [isinstance(network, LookAhead) for network in mine.auxiliary.values()]
+
+    last = ["layer3.2", "layer3.3", "layer3.4"]
+    assert copied(ends(last)) == [False, True, True]
+    assert copied(ends(last, look_ahead=0)) == [False, False, False]
+    assert copied(ends(last, look_ahead=3)) == [True, True, True]
+    assert copied(ends(last, unit_share=1.2)) == [False, False, True]
+    assert copied(ends(last, unit_share=0.6)) == [False, False, False]
+    assert copied(ends(last, use_global=False)) == [False, False, False]
+
+
+def test_a_model_without_a_linear_end_gets_one_of_its_own_behind_the_copies() -> None:
+    mine = ends(["blocks.4", "blocks.5"], vit())  # a norm stands before its head
+    for network in mine.auxiliary.values():
+        assert isinstance(network, LookAhead)
+        assert network.classifier is None
+        assert len(list(network.parameters())) == 4
+    first = mine.step(*BATCH)
+    for _ in range(5):
+        last = mine.step(*BATCH)
+    assert last["block1"] < first["block1"]
 
 
 def test_copies_are_no_part_of_the_model() -> None:

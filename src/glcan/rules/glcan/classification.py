@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from glcan.isolation import Boundary
 from glcan.profile import Feature, Unit
-from glcan.rules.backbone import frozen_copy, through
+from glcan.rules.backbone import frozen_copy, move_towards, through
 from glcan.rules.glcan.skeleton import BackboneSkeleton, Skeleton
 from glcan.rules.maps import as_map, pooled, reduce_to
 
@@ -60,25 +61,42 @@ class ClassificationAuxiliary(nn.Module):
 
 
 class LookAhead(nn.Module):
-    """A copy of the next real unit, and a linear classifier: the end of the model, as it would be if it ended there.
+    """Copies of all units that are still to come, and of the classifier: the end of the model, as it is now.
 
-    The copy has the unit's present weights. Gradients go through it to the block, none trains it.
+    The copies have the units' present weights. Gradients go through them to the block, none trains them: so the block
+    learns what it would learn in end-to-end training.
 
     Args:
-        main: index of the tensor that the unit takes.
+        main: index of the tensor that the first unit takes.
         model: the model.
-        unit: to be copied.
+        units: to be copied, one after the other.
+        classifier: name of the linear layer that classifies the averaged map; none: a LayerNorm and a linear layer of
+            one's own, which are trained.
         classes: of the task.
     """
 
-    def __init__(self, main: int, model: nn.Module, unit: Unit, classes: int) -> None:
+    def __init__(
+        self, main: int, model: nn.Module, units: Sequence[Unit], classifier: str | None, classes: int
+    ) -> None:
         super().__init__()
-        assert unit.output is not None
-        self.main, self.name, self.feature = main, unit.name, unit.output
-        self.unit = frozen_copy(model, unit.name)
-        self.norm = nn.LayerNorm(unit.output.channels)
-        self.head = nn.Linear(unit.output.channels, classes)
+        output = units[-1].output
+        assert output is not None
+        self.main, self.feature = main, output
+        self.names = [unit.name for unit in units]
+        self.units = nn.ModuleList(frozen_copy(model, name) for name in self.names)
+        self.norm: nn.Module = nn.Identity() if classifier else nn.LayerNorm(output.channels)
+        self.head: nn.Module = nn.Linear(output.channels, classes)
+        self.classifier = classifier
+        if classifier:
+            self.head = frozen_copy(model, classifier)
+
+    def follow(self, model: nn.Module) -> None:
+        """The copies take over the weights of today."""
+        move_towards(self.names, self.units, model, 0.0)
+        if self.classifier:
+            move_towards([self.classifier], [self.head], model, 0.0)
 
     def forward(self, boundary: Boundary, batch: Any) -> Tensor:
         """-> logits [B, classes]."""
-        return self.head(self.norm(pooled(through([self.unit], boundary.entering[self.main]), self.feature)))
+        logits: Tensor = self.head(self.norm(pooled(through(self.units, boundary.entering[self.main]), self.feature)))
+        return logits

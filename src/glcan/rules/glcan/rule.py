@@ -18,8 +18,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import weakref
 from collections.abc import Iterable
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import nn
@@ -86,8 +87,8 @@ class GLCAN(Rule):
                 ``unit="backbone"``; none: no exchange.
             coupling: before each pass, auxiliary networks of the same structure move this share of the way to their
                 mean; 0: each goes its own way; none: the task's own default, 0.1 for classification, else 0.
-            look_ahead: where no more than this many units are to come, a copy of the next real one stands in place of
-                both branches, if it costs no more than twice the share of an auxiliary network; 0: nowhere.
+            look_ahead: where no more than this many units are to come, copies of them and of the classifier stand in
+                place of both branches, if they cost no more than a third of all auxiliary networks; 0: nowhere.
         """
 
         budget: float | None = None
@@ -101,7 +102,7 @@ class GLCAN(Rule):
         unit: Literal["conv", "backbone"] = "conv"
         momentum: float | None = None
         coupling: float | None = None
-        look_ahead: int = 4
+        look_ahead: int = 2
 
         def __post_init__(self) -> None:
             if self.budget is not None and not 0 < self.budget <= 10:
@@ -203,9 +204,9 @@ class GLCAN(Rule):
 
     def _classification(self, site: Site, task: Classification) -> nn.Module:
         assert task.classes is not None
-        unit = self._next_unit(site)
-        if unit is not None:
-            return LookAhead(site.main, site.model, unit, task.classes)
+        units = self._units_ahead(site)
+        if units:
+            return LookAhead(site.main, site.model, units, classifier_after(site, units[-1]), task.classes)
         feature = site.trunk
         skeleton: Skeleton | BackboneSkeleton | None = None
         grid: tuple[int, int] | None = None
@@ -217,15 +218,17 @@ class GLCAN(Rule):
             skeleton = self._skeleton(site, feature, levels)
         return ClassificationAuxiliary(site.main, site.features, grid, self.config.use_local, skeleton, task.classes)
 
-    def _next_unit(self, site: Site) -> Unit | None:
-        """The unit for `LookAhead`, if there is to be one."""
+    def _units_ahead(self, site: Site) -> list[Unit]:
+        """The units for `LookAhead`; none if there is to be none."""
         config = self.config
         if not config.use_global or config.unit != "conv" or config.width is not None:
-            return None
-        if sum(unit.index >= site.cut.index for unit in layers(site.profile)) > config.look_ahead:
-            return None
-        found = followers(site, 1)
-        return found[0] if len(found) == 1 and found[0].flops <= 2 * self._share(site) else None
+            return []
+        ahead = {unit.name for unit in layers(site.profile) if unit.index >= site.cut.index}
+        if not 0 < len(ahead) <= config.look_ahead:
+            return []
+        found = followers(site, len(ahead))
+        affordable = sum(unit.flops for unit in found) <= self._share(site) * (site.blocks - 1) / 3
+        return found if affordable and ahead <= {unit.name for unit in found} else []
 
     def _skeleton(self, site: Site, feature: Feature, levels: list[Level]) -> Skeleton:
         share = self._share(site)
@@ -241,7 +244,7 @@ class GLCAN(Rule):
 
     def segments(self, auxiliary: nn.Module) -> list[list[str]]:
         if isinstance(auxiliary, LookAhead):
-            return [["unit"]]
+            return [[f"units.{i}"] for i in range(len(auxiliary.units))]
         skeleton = auxiliary.skeleton if isinstance(auxiliary, ClassificationAuxiliary) else None
         if skeleton is None:
             return []
@@ -259,11 +262,26 @@ class GLCAN(Rule):
             draw_together(own, share)
         for network in auxiliary.values():
             if isinstance(network, LookAhead):
-                move_towards([network.name], [network.unit], model, 0.0)
+                network.follow(model)
             elif self.config.momentum is not None:
                 skeleton = network.skeleton
                 assert isinstance(skeleton, BackboneSkeleton)
                 move_towards(skeleton.names, skeleton.units, model, self.config.momentum)
+
+
+def classifier_after(site: Site, last: Unit) -> str | None:
+    """The linear layer that classifies the last unit's averaged map, if nothing else with weights is behind it."""
+    assert isinstance(site.task, Classification)
+    assert last.output is not None
+    behind = [unit for unit in site.profile.units[last.index + 1 :] if unit.parameters]
+    if len(behind) != 1:
+        return None
+    module = site.model.get_submodule(behind[0].name)
+    fits = isinstance(module, nn.Linear) and module.weight.shape == (site.task.classes, last.output.channels)
+    return behind[0].name if fits else None
+
+
+_STRUCTURES: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 
 
 @torch.no_grad()
@@ -273,10 +291,12 @@ def draw_together(networks: Iterable[nn.Module], share: float) -> None:
     Elastic averaging (Zhang, Choromanska & LeCun 2015, arXiv 1412.6651), among networks that learn from different
     blocks instead of different data.
     """
-    alike: dict[Any, list[nn.Module]] = {}
+    alike: dict[str, list[nn.Module]] = {}
     for network in networks:
-        shapes = tuple((name, parameter.shape) for name, parameter in network.named_parameters())
-        alike.setdefault((repr(network), shapes), []).append(network)
+        if network not in _STRUCTURES:
+            shapes = [(name, tuple(parameter.shape)) for name, parameter in network.named_parameters()]
+            _STRUCTURES[network] = f"{network!r} {shapes}"
+        alike.setdefault(_STRUCTURES[network], []).append(network)
     for group in alike.values():
         for together in zip(*(network.parameters() for network in group), strict=True) if len(group) > 1 else ():
             mean = sum(together[1:], start=together[0].detach()) / len(together)
