@@ -20,6 +20,15 @@ class ClassificationAuxiliary(nn.Module):
 
     Every tensor that enters is read once, by the pooling that reduces it: so one gradient of its size is made on the
     way back, and not one for each branch.
+
+    Args:
+        main: index of the trunk among the tensors that enter.
+        features: of these tensors.
+        grid: that the trunk is reduced to before the skeleton; none: as it is.
+        local: the local branch.
+        skeleton: the global branch.
+        classes: of the task.
+        behind: class name of the unit that the block ends with.
     """
 
     def __init__(
@@ -30,8 +39,10 @@ class ClassificationAuxiliary(nn.Module):
         local: bool,
         skeleton: Skeleton | BackboneSkeleton | None,
         classes: int,
+        behind: str,
     ) -> None:
         super().__init__()
+        self.behind = behind
         self.main = main
         self.features = features
         self.grid = grid
@@ -39,6 +50,9 @@ class ClassificationAuxiliary(nn.Module):
         channels = sum(f.channels for f in features) if local else 0
         self.norm = nn.LayerNorm(channels) if local else None
         self.head = nn.Linear(channels + (skeleton.channels if skeleton is not None else 0), classes)
+
+    def extra_repr(self) -> str:
+        return f"behind={self.behind}"
 
     def forward(self, boundary: Boundary, batch: Any) -> Tensor:
         """-> logits [B, classes]."""

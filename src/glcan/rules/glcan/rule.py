@@ -85,8 +85,9 @@ class GLCAN(Rule):
                 as earlier work has it; the budget does not apply).
             momentum: before each pass the copies become ``momentum * copy + (1 - momentum) * real unit``; needs
                 ``unit="backbone"``; none: no exchange.
-            coupling: before each pass, auxiliary networks of the same structure move this share of the way to their
-                mean; 0: each goes its own way; none: the task's own default, 0.1 for classification, else 0.
+            coupling: before each pass, three or more auxiliary networks of the same structure, behind units of the same
+                class, move this share of the way to their mean; 0: each goes its own way; none: 0.1 for classification
+                with ``unit="conv"``, else 0.
             look_ahead: where no more than this many units are to come, copies of them and of the classifier stand in
                 place of both branches, if they cost no more than a third of all auxiliary networks; 0: nowhere.
         """
@@ -216,7 +217,9 @@ class GLCAN(Rule):
             levels = skeleton_levels(site, feature, self.config.depth)
             grid = levels[0].grid
             skeleton = self._skeleton(site, feature, levels)
-        return ClassificationAuxiliary(site.main, site.features, grid, self.config.use_local, skeleton, task.classes)
+        behind = site.profile.units[site.cut.index - 1].kind
+        local = self.config.use_local
+        return ClassificationAuxiliary(site.main, site.features, grid, local, skeleton, task.classes, behind)
 
     def _units_ahead(self, site: Site) -> list[Unit]:
         """The units for `LookAhead`; none if there is to be none."""
@@ -257,7 +260,8 @@ class GLCAN(Rule):
         own = [network for network in auxiliary.values() if not isinstance(network, LookAhead)]
         share = self.config.coupling
         if share is None:
-            share = _COUPLING if own and isinstance(own[0], ClassificationAuxiliary) else 0.0
+            light = self.config.unit == "conv" and own and isinstance(own[0], ClassificationAuxiliary)
+            share = _COUPLING if light else 0.0
         if share:
             draw_together(own, share)
         for network in auxiliary.values():
@@ -286,7 +290,7 @@ _STRUCTURES: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictiona
 
 @torch.no_grad()
 def draw_together(networks: Iterable[nn.Module], share: float) -> None:
-    """Networks of the same structure move this share of the way to their mean; statistics and buffers do not.
+    """Three or more networks of the same structure move this share of the way to their mean, their buffers do not.
 
     Elastic averaging (Zhang, Choromanska & LeCun 2015, arXiv 1412.6651), among networks that learn from different
     blocks instead of different data.
@@ -298,7 +302,7 @@ def draw_together(networks: Iterable[nn.Module], share: float) -> None:
             _STRUCTURES[network] = f"{network!r} {shapes}"
         alike.setdefault(_STRUCTURES[network], []).append(network)
     for group in alike.values():
-        for together in zip(*(network.parameters() for network in group), strict=True) if len(group) > 1 else ():
+        for together in zip(*(network.parameters() for network in group), strict=True) if len(group) > 2 else ():
             mean = sum(together[1:], start=together[0].detach()) / len(together)
             for parameter in together:
                 parameter.lerp_(mean, share)
