@@ -1,7 +1,7 @@
 """The auxiliary network of detection: a small pyramid from the block's own maps down, and a light head on it.
 
-- *local branch*: each map that leaves the block, as a level of the pyramid at (about) its own scale; maps that pass by
-  the next unit on their way to the detector's own pyramid are among them;
+- *local branch*: each map that leaves the block, as a level of the pyramid at (about) its own scale; with
+  ``pyramid_maps`` also those that pass by the next unit on their way to the detector's own pyramid;
 - *global branch*: the macro-skeleton of what is still to come, one strided convolution for each coarser level;
 - *collaboration*: from the coarsest level up, each is added to the next finer one, as in a feature pyramid (Lin et al.
   2017, arXiv 1612.03144), and all of them go through the same head.

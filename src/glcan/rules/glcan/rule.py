@@ -90,6 +90,8 @@ class GLCAN(Rule):
                 with ``unit="conv"``, else 0.
             look_ahead: where no more than this many units are to come, copies of them and of the classifier stand in
                 place of both branches, if they cost no more than a third of all auxiliary networks; 0: nowhere.
+            pyramid_maps: detection: maps of the block that pass by the cut on their way to the detector's own pyramid
+                are read as well. The planner does not know of their cost when it chooses the cuts.
         """
 
         budget: float | None = None
@@ -104,6 +106,7 @@ class GLCAN(Rule):
         momentum: float | None = None
         coupling: float | None = None
         look_ahead: int = 2
+        pyramid_maps: bool = False
 
         def __post_init__(self) -> None:
             if self.budget is not None and not 0 < self.budget <= 10:
@@ -170,7 +173,7 @@ class GLCAN(Rule):
                 "resize images and boxes with; the auxiliary networks need the boxes as the model sees them."
             )
         pyramid = pyramid_grids(site.profile)
-        features = (*site.features, *(site.skipping if self.config.use_global else ()))
+        features = (*site.features, *(site.skipping if self.config.pyramid_maps and self.config.use_global else ()))
         # What passes by is read where the detector will read it: the pyramid's finer levels.
         read = [i for i, f in enumerate(features) if i < len(site.features) or f.grid in pyramid]
         features = tuple(features[i] for i in read)
