@@ -154,7 +154,8 @@ def test_levels_begin_at_the_blocks_own_scale() -> None:
     first, second = networks(learner)
     assert first.levels == [(8, 8), (4, 4), (2, 2)]  # its own map is 16 x 16, finer than the detector's finest level
     assert first.reduction == [2]
-    assert second.levels == [(4, 4), (2, 2)]
+    assert second.levels == [(8, 8), (4, 4), (2, 2)]  # the end of the second stage passes by
+    assert second.at == [1, 0]
     alone = LocalLearner(
         detector("retinanet_small"), "detection", batch(), cuts=CUTS, rule="dgl", rule_options={"budget": 0.5}
     )
@@ -163,10 +164,10 @@ def test_levels_begin_at_the_blocks_own_scale() -> None:
 
 def test_maps_that_pass_by_a_cut_are_levels_where_the_detector_will_read_them() -> None:
     cuts = ["backbone.body.layer2.1", "backbone.body.layer3.0"]
-    alone = LocalLearner(detector("fcos_small"), "detection", batch(), cuts=cuts)
+    options = {"pyramid_maps": False}
+    alone = LocalLearner(detector("fcos_small"), "detection", batch(), cuts=cuts, rule_options=options)
     assert [network.levels[0] for network in networks(alone)] == [(8, 8), (8, 8)]
-    options = {"pyramid_maps": True}
-    learner = LocalLearner(detector("fcos_small"), "detection", batch(), cuts=cuts, rule_options=options)
+    learner = LocalLearner(detector("fcos_small"), "detection", batch(), cuts=cuts)
     first, second = networks(learner)
     assert first.levels == [(16, 16), (8, 8), (4, 4)]
     assert first.at == [1, 0]  # what enters, and the end of the first stage, which goes on to the pyramid

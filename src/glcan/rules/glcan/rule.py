@@ -106,7 +106,7 @@ class GLCAN(Rule):
         momentum: float | None = None
         coupling: float | None = None
         look_ahead: int = 2
-        pyramid_maps: bool = False
+        pyramid_maps: bool = True
 
         def __post_init__(self) -> None:
             if self.budget is not None and not 0 < self.budget <= 10:
