@@ -586,7 +586,7 @@ def read_feature(shape: tuple[int, ...], batch: int, image: tuple[int, int] | No
                 return Feature(shape, "BNC", shape[2], grid, prefix)
     if len(shape) == 2:
         return Feature(shape, "BC", shape[1], (1, 1))
-    return Feature(shape, "?", shape[-1], (1, 1))
+    return Feature(shape, "?", shape[-1] if shape else 1, (1, 1))
 
 
 def _fits(grid: Sequence[int], image: tuple[int, int]) -> bool:

@@ -31,7 +31,7 @@ from glcan.rules.backbone import followers, layers, move_towards
 from glcan.rules.base import Rule, Site
 from glcan.rules.dense_head import DenseHead, pyramid_grids, scale_of, total_classes
 from glcan.rules.glcan.classification import ClassificationAuxiliary, LookAhead
-from glcan.rules.glcan.detection import DetectionAuxiliary, fit_width, levels_of
+from glcan.rules.glcan.detection import STEP, DetectionAuxiliary, fit_width, levels_of, pyramid_flops
 from glcan.rules.glcan.skeleton import (
     BackboneSkeleton,
     Level,
@@ -53,8 +53,9 @@ _COUPLING = 0.1
 # Super-resolution: channels of the global branch, the widest map at full resolution; the most parts of a batch, and the
 # elements of that map below which a part is not worth the time.
 _CONTEXT, _WIDEST, _PARTS, _PART = 32, 48, 8, 2**19
-# Detection: convolutions before the head's predictions.
-_TOWER = 2
+# Detection: convolutions before the head's predictions; the shares of an auxiliary network that it may cost to read the
+# maps that pass by.
+_TOWER, _PASSING = 2, 4
 
 
 class GLCAN(Rule):
@@ -91,7 +92,8 @@ class GLCAN(Rule):
             look_ahead: where no more than this many units are to come, copies of them and of the classifier stand in
                 place of both branches, if they cost no more than a third of all auxiliary networks; 0: nowhere.
             pyramid_maps: detection: maps of the block that pass by the cut on their way to the detector's own pyramid
-                are read as well. The planner does not know of their cost when it chooses the cuts.
+                are read as well, if the narrowest network that does costs no more than four shares. The planner does
+                not know of their cost when it chooses the cuts.
         """
 
         budget: float | None = None
@@ -172,19 +174,23 @@ class GLCAN(Rule):
                 f"{type(site.model).__name__} has no sub-module 'transform', which torchvision's detectors "
                 "resize images and boxes with; the auxiliary networks need the boxes as the model sees them."
             )
-        pyramid = pyramid_grids(site.profile)
-        features = (*site.features, *(site.skipping if self.config.pyramid_maps and self.config.use_global else ()))
-        # What passes by is read where the detector will read it: the pyramid's finer levels.
-        read = [i for i, f in enumerate(features) if i < len(site.features) or f.grid in pyramid]
-        features = tuple(features[i] for i in read)
-        levels = levels_of(features, pyramid)
+        pyramid, classes = pyramid_grids(site.profile), total_classes(site.model)
+        each = self._share(site) / site.profile.batch
+        read = list(range(len(site.features)))
+        features, levels = site.features, levels_of(site.features, pyramid)
+        if self.config.pyramid_maps and self.config.use_global:
+            # What passes by is read where the detector will read it.
+            passing = [i for i, f in enumerate(site.skipping) if f.grid in pyramid]
+            wider = (*features, *(site.skipping[i] for i in passing))
+            grids = levels_of(wider, pyramid)
+            if pyramid_flops(wider, grids, STEP, _TOWER, classes) <= _PASSING * each:
+                features, levels = wider, grids
+                read += [len(site.features) + i for i in passing]
         if not self.config.use_global:
             levels = levels[:1]
-        classes = total_classes(site.model)
         if self.config.width is not None:
             width = max(8, 8 * round(self.config.width * site.trunk.channels / 8))
         else:
-            each = self._share(site) / site.profile.batch
             width = fit_width(features, levels, _TOWER, classes, each)
         head = DenseHead(width, _TOWER, classes, scale_of(site.model, site.profile))
         return DetectionAuxiliary(features, read, levels, task, transform, head, width, self.config.use_local)
