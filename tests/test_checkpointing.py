@@ -177,7 +177,7 @@ def test_the_tail_begins_at_the_last_step_of_an_upsampler() -> None:
     low = torch.rand(2, 3, 12, 12, dtype=torch.float64)
     found = {scale: profile(enlarging(scale), (low,)) for scale in (2, 4)}
     assert large_end(enlarging(4), found[4]) == ("tail.0.2", "tail.0.3", "tail.1", "add_mean")
-    many = create("edsr_baseline", scale=2, blocks=16, channels=8)
+    many = create("edsr_baseline", scale=2, blocks=96, channels=8)
     assert large_end(many, profile(many, (low.float(),))) == ()  # too little of the whole
 
 

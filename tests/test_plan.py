@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Collection
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from glcan.errors import CutError, UnknownName
-from glcan.plan import cheapest_cuts, choose_cuts, make_plan, numbers_of_blocks
+from glcan.plan import cheapest_cuts, choose_cuts, longest_end, make_plan, numbers_of_blocks
 from glcan.profile import Feature, Profile, Unit
 
 
@@ -69,6 +70,32 @@ def test_the_most_even_of_equally_large_ones() -> None:
     assert choose_cuts(a_profile([1, 2, 3, 3, 1, 9]), 3) == ("u2", "u5") or costs(
         a_profile([1, 2, 3, 3, 1, 9]), choose_cuts(a_profile([1, 2, 3, 3, 1, 9]), 3)
     ) == [6, 4, 9]
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.integers(1, 30), min_size=4, max_size=9), st.floats(0, 1), st.data())
+def test_the_last_block_is_as_long_as_the_memory_allows(saved: list[int], most: float, data: st.DataObject) -> None:
+    profile = a_profile(saved)
+    count = len(saved)
+    blocks = data.draw(st.integers(2, count - 1))
+
+    def cost(i: int, j: int) -> int:
+        return sum(saved[i:j])
+
+    def recomputed(i: int, again: Collection[int]) -> int:
+        return sum(saved[k] for k in range(i, count) if k not in again) + max((saved[k] for k in again), default=0)
+
+    short = [0, *(profile.unit(cut).index for cut in choose_cuts(profile, blocks, cost))]
+    bound = 1.1 * max(cost(i, j) for i, j in itertools.pairwise([*short, count]))
+    cuts, names = longest_end(profile, blocks, cost, recomputed, most)
+    begins = [0, *(profile.unit(cut).index for cut in cuts)]
+    again = [profile.unit(name).index for name in names]
+    assert len(begins) == blocks
+    assert begins[-1] <= short[-1]
+    assert all(index >= begins[-1] for index in again)
+    assert all(cost(i, j) <= bound for i, j in itertools.pairwise(begins))
+    assert recomputed(begins[-1], again) <= bound
+    assert len(again) <= most * count
 
 
 def side_by_side(saved: list[int]) -> Profile:

@@ -26,7 +26,7 @@ from glcan.profile import Profile
 __all__ = ["checkpointed", "in_parts", "large_end", "segments_of", "with_large_end"]
 
 # The end of a network is run in parts where the block that it is would hold more than this share of all activations.
-_LARGE = 1 / 3
+_LARGE = 1 / 10
 _PARTS = 8
 
 

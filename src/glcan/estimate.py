@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -147,17 +147,12 @@ def auxiliary_costs(
 def _meter(
     network: nn.Module, rule: Rule, task: Task, cut: Unit, batch: tuple[Any, ...], like: Tensor
 ) -> AuxiliaryCost:
-    parts = min(like.shape[0], getattr(network, "parts", 1))
-    size = like.shape[0] // parts
-    shapes = [(f.shape[0] // parts if parts > 1 else f.shape[0], *f.shape[1:]) for f in cut.entering]
-    entering = tuple(torch.empty(shape, device=like.device, requires_grad=True) for shape in shapes)
-    batch = task.part(batch, 0, size) if parts > 1 else batch
+    entering = tuple(torch.empty(f.shape, device=like.device, requires_grad=True) for f in cut.entering)
     meter = LiveMemory(auxiliary=network, inputs=(batch, entering))
     with torch.enable_grad(), meter:
         rule.local_loss(task, network(Boundary(0, cut.name, entering), batch), batch).backward()
-    gathered = sum(f.bytes for f in cut.entering) if parts > 1 else 0
     elements = sum(p.numel() for p in network.parameters())
-    return AuxiliaryCost(meter.activation_peak_bytes + gathered, parts * meter.flops, elements)
+    return AuxiliaryCost(meter.activation_peak_bytes, meter.flops, elements)
 
 
 class Estimate:
@@ -197,21 +192,29 @@ class Estimate:
 
     def _block_bytes(self, i: int, j: int) -> int:
         """Peak of the activations and gradients of the block from place i to place j."""
-        saved, inside = 0, 0
-        for k in range(i, j):
-            saved += self._saved[k]
-            inside = max(inside + self._gradients[k], saved + self._backward[k])
-        return self._entering[i] + max(inside, saved + self._after(j))
+        return self._partly_recomputed(i, j, ())
 
     def _recomputed_bytes(self, i: int, j: int) -> int:
-        """The same where each unit's activations are recomputed, so that only what enters the units is kept.
+        """The same where all units' activations are recomputed."""
+        return self._partly_recomputed(i, j, range(i, j))
+
+    def end_bytes(self, i: int, again: Collection[int]) -> int:
+        """The same of the last block, from place i, where units are recomputed that begin at these places."""
+        return self._partly_recomputed(i, len(self._saved), again)
+
+    def _partly_recomputed(self, i: int, j: int, again: Collection[int]) -> int:
+        """Of units that are recomputed, only what enters them is kept.
 
         What the block hands on is alive all the time; a unit that saves it otherwise makes it a second time here.
         """
-        kept, inside = self._output[j - 1] if j < len(self._saved) else 0, 0
+        kept, inside = self._output[j - 1] if j < len(self._saved) and j - 1 in again else 0, 0
         for k in range(i, j):
-            kept += self._entering[k] if k > i else 0
-            inside = max(inside + self._gradients[k], kept + self._saved[k] + self._backward[k])
+            if k in again:
+                kept += self._entering[k] if k > i else 0
+                inside = max(inside + self._gradients[k], kept + self._saved[k] + self._backward[k])
+            else:
+                kept += self._saved[k]
+                inside = max(inside + self._gradients[k], kept + self._backward[k])
         return self._entering[i] + max(inside, kept + self._after(j))
 
     def extra_flops(self, i: int, j: int) -> int:

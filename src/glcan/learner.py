@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,7 @@ from glcan.dryrun import dry_run
 from glcan.errors import CheckpointError, ConfigError, CutError, GradientLeak
 from glcan.estimate import Estimate, auxiliary_costs, measure_pieces
 from glcan.isolation import Boundary, Isolation, leaked_parameters, tensors_in
-from glcan.plan import Plan, cut_places, make_plan
+from glcan.plan import Plan, cut_places, longest_end, make_plan
 from glcan.profile import Feature, Profile, read_feature
 from glcan.profile import profile as take_profile
 from glcan.rules import Site
@@ -198,7 +197,12 @@ class LocalLearner:
                 with self.task.running(self.model):
                     pieces = measure_pieces(self.model, args, kwargs, self.profile, assume=self.task.assumes)
                 auxiliary = auxiliary_costs(self.rule, self.model, self.profile, self.task, batch, blocks)
-                cost = Estimate(self.profile, pieces, auxiliary).block_bytes
+                estimate = Estimate(self.profile, pieces, auxiliary)
+                cost = estimate.block_bytes
+                most = self.rule.long_end(self.task)
+                if most and not recompute:
+                    cuts, recompute = longest_end(self.profile, blocks, cost, estimate.end_bytes, most)
+                    blocks = None
             return make_plan(self.profile, blocks=blocks, cuts=cuts, cost=cost, recompute=recompute)
         if recompute:
             raise ConfigError(
@@ -232,8 +236,9 @@ class LocalLearner:
         return users
 
     def _find_recomputed(self) -> list[list[str]]:
-        """The chains of units that are recomputed, of all blocks that the plan says."""
+        """The chains of units that are recomputed, as the plan says."""
         wanted = {u.name for k, b in enumerate(self.plan.units) if self.names[k] in self.plan.recompute for u in b}
+        wanted.update(self.plan.recompute)
         return [run for run in segments_of(self.profile) if run[0] in wanted and run[0] not in self.profile.parted]
 
     def _check_trained(self) -> None:
@@ -422,40 +427,17 @@ class LocalLearner:
         return losses
 
     def _local_backward(self, boundary: Boundary, batch: tuple[Any, ...], backward: Callable[[Tensor], None]) -> Tensor:
-        """A block's local loss, detached, after its backward pass; in parts of the batch where its network says so."""
+        """A block's local loss, detached, after its backward pass."""
         name = self.names[boundary.block]
         network = self.auxiliary[name]
         runs = self.rule.segments(network) if name in self.plan.recompute else []
-
-        def learn(boundary: Boundary, batch: tuple[Any, ...], share: float) -> Tensor:
-            with self._isolation.suspended():  # thousands of small operations in a detector's losses
-                with checkpointed(network, runs):
-                    prediction = network(boundary, batch)
-                loss = self.rule.local_loss(self.task, prediction, batch)
-            if share != 1:
-                loss = loss * share
-            del prediction
-            backward(loss)
-            return loss.detach()  # frees the graph before the optimizer makes its temporaries
-
-        count = boundary.entering[0].shape[0]
-        parts = min(count, getattr(network, "parts", 1))
-        if parts == 1:
-            return learn(boundary, batch, 1.0)
-        total = torch.zeros((), device=boundary.entering[0].device)
-        gradients = [torch.zeros_like(t) for t in boundary.entering]
-        for k in range(parts):
-            start, stop = k * count // parts, (k + 1) * count // parts
-            leaves = tuple(t.detach()[start:stop].requires_grad_() for t in boundary.entering)
-            mine = dataclasses.replace(boundary, entering=leaves, skipping=())
-            total = total + learn(mine, self.task.part(batch, start, stop), (stop - start) / count)
-            for whole, leaf in zip(gradients, leaves, strict=True):
-                if leaf.grad is not None:
-                    whole[start:stop] = leaf.grad
-            del leaves, leaf, mine
-        with _no_autocast(total):
-            torch.autograd.backward(boundary.entering, gradients)
-        return total
+        with self._isolation.suspended():  # thousands of small operations in a detector's losses
+            with checkpointed(network, runs):
+                prediction = network(boundary, batch)
+            loss = self.rule.local_loss(self.task, prediction, batch)
+        del prediction
+        backward(loss)
+        return loss.detach()  # frees the graph before the optimizer makes its temporaries
 
     def _forward_autocast(self, batch: Any) -> contextlib.AbstractContextManager[Any]:
         if self.autocast is None:

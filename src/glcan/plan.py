@@ -4,18 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 import operator
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from glcan.errors import CutError, UnknownName
 from glcan.profile import Feature, Profile, Unit
 
-__all__ = ["BlockCost", "Plan", "cheapest_cuts", "choose_cuts", "cut_places", "make_plan", "numbers_of_blocks"]
+__all__ = [
+    "BlockCost",
+    "Plan",
+    "cheapest_cuts",
+    "choose_cuts",
+    "cut_places",
+    "longest_end",
+    "make_plan",
+    "numbers_of_blocks",
+]
 
 BlockCost = Callable[[int, int], int]
 """What a block costs, by the places (see `cut_places`) where it begins and ends."""
+
+
+# The estimate of a last block with recomputed units is up to a tenth too high.
+_SLACK = 1.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +40,8 @@ class Plan:
         cuts: names of the units that begin block 2, 3, ...
         units: the profile's units, block by block. The first one of a block tells, as ``entering``, what it receives
             from the block before.
-        recompute: names of the blocks whose activations are recomputed, unit by unit (activation checkpointing).
+        recompute: names of the blocks, and of single units, whose activations are recomputed, unit by unit (activation
+            checkpointing).
     """
 
     cuts: tuple[str, ...]
@@ -57,10 +72,15 @@ class Plan:
             lines.append(
                 f"  block{i}: {block[0].name} ... {block[-1].name}  "
                 f"{saved / 2**20:.1f} MiB saved ({saved / total:.0%}), "
-                f"{sum(unit.flops for unit in block) / 1e9:.3g} GFLOPs forward"
-                + (", recomputed" if f"block{i}" in self.recompute else "")
+                f"{sum(unit.flops for unit in block) / 1e9:.3g} GFLOPs forward" + self._recomputed(i)
             )
         return "\n".join(lines)
+
+    def _recomputed(self, block: int) -> str:
+        if f"block{block}" in self.recompute:
+            return ", recomputed"
+        count = sum(unit.name in self.recompute for unit in self.units[block - 1])
+        return f", {count} of {len(self.units[block - 1])} units recomputed" if count else ""
 
 
 def make_plan(
@@ -77,7 +97,7 @@ def make_plan(
         profile: of the model.
         blocks, cost: as `choose_cuts` takes them.
         cuts: names of the units that begin block 2, 3, ...
-        recompute: whether, or in which blocks ("block1", ...), activations are recomputed.
+        recompute: whether, or in which blocks ("block1", ...) or units, activations are recomputed.
 
     Raises:
         CutError: both or neither are given; more blocks than the model has places to cut; cuts out of order or at a
@@ -95,10 +115,11 @@ def make_plan(
     ends = [*starts[1:], len(profile.units)]
     plan = Plan(tuple(cuts), tuple(profile.units[a:b] for a, b in zip(starts, ends, strict=True)))
     wanted = list(plan.names) if recompute is True else recompute or []
+    possible = [*plan.names, *profile.names]
     for name in wanted:
-        if name not in plan.names:
-            raise UnknownName("block to recompute", name, list(plan.names))
-    return dataclasses.replace(plan, recompute=tuple(name for name in plan.names if name in wanted))
+        if name not in possible:
+            raise UnknownName("block or unit to recompute", name, possible)
+    return dataclasses.replace(plan, recompute=tuple(name for name in possible if name in wanted))
 
 
 def _check_cuts(profile: Profile, cuts: Sequence[str]) -> None:
@@ -157,6 +178,50 @@ def cheapest_cuts(
     except KeyError:
         return None
     return total, tuple(profile.units[places[i]].name for i in begins[1:])
+
+
+def longest_end(
+    profile: Profile, blocks: int, cost: BlockCost, recomputed: Callable[[int, Collection[int]], int], most: float
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Cuts that make the last block as long as the memory allows, and the names of the units to recompute for that.
+
+    The memory is that of the largest block where `choose_cuts` cuts. The last block learns as in end-to-end training:
+    the longer it is, the better. Units in it may be recomputed, first those that save most bytes for their FLOPs.
+
+    Args:
+        profile, blocks, cost: as `choose_cuts` takes them.
+        recomputed: what the last block costs, by the place where it begins and the places from which to the next one
+            activations are recomputed.
+        most: FLOPs that may be recomputed, as a share of the model's.
+    """
+    places = cut_places(profile)
+    count, allowed = len(places) - 1, _trainable(profile)
+    cuts = choose_cuts(profile, blocks, cost)
+    begins = [0, *(places.index(profile.unit(cut).index) for cut in cuts)]
+    bound = _SLACK * max(cost(i, j) for i, j in itertools.pairwise([*begins, count]))
+    runs = [profile.units[a:b] for a, b in itertools.pairwise(places)]
+    flops = [sum(unit.flops for unit in run) for run in runs]
+    whole = [bool({unit.name for unit in run}.isdisjoint(profile.parted)) for run in runs]
+
+    def saving(k: int) -> float:
+        return profile.saved_bytes(places[k], places[k + 1]) / max(1, flops[k])
+
+    for last in range(blocks - 1, begins[-1]):
+        if not allowed(last, count):
+            continue
+        again: list[int] = []
+        wanted = sorted((k for k in range(last, count) if whole[k]), key=saving)
+        while recomputed(last, again) > bound and wanted:
+            again.append(wanted.pop())
+        if recomputed(last, again) > bound or sum(flops[k] for k in again) > most * profile.flops:
+            continue
+        try:
+            _, found = _cheapest(last, blocks - 1, cost, lambda joined, block: joined + block**2, allowed, bound)
+        except KeyError:
+            continue
+        names = tuple(profile.units[places[i]].name for i in (*found[1:], last))
+        return names, tuple(unit.name for k in sorted(again) for unit in runs[k])
+    return cuts, ()
 
 
 def cut_places(profile: Profile) -> list[int]:

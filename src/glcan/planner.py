@@ -120,7 +120,8 @@ class Forecast:
 
         name = f"{self.rule}:{self.plan.blocks}" if rules.RULES[self.rule].local else self.rule
         if self.plan.recompute:
-            name += f" ({len(self.plan.recompute)} recomputed)"
+            what = "blocks" if set(self.plan.recompute) <= set(self.plan.names) else "units"
+            name += f" ({len(self.plan.recompute)} {what} recomputed)"
         others = [cells(other, cost) for other, cost in self.baselines.items() if other != self.rule]
         return [["method", "peak", "activations", "FLOPs a step"], cells(name, self.cost), *others]
 
@@ -235,7 +236,8 @@ def largest_batches(
     for k in blocks:
         if k > 1 and k in numbers_of_blocks(bench(2).profile):
             # the cuts of a small batch: the best ones hardly depend on its size
-            methods[f"{name}:{k}"] = _cut_at(bench(2).run(blocks=k).plan.cuts)
+            found_plan = bench(2).run(blocks=k).plan
+            methods[f"{name}:{k}"] = {**_cut_at(found_plan.cuts), "recompute": found_plan.recompute}
             cuts = bench(2).run(blocks=k, recompute=True).plan.cuts
             methods[f"{name}:{k}+recompute"] = {**_cut_at(cuts), "recompute": True}
     for method, options in methods.items():

@@ -1,13 +1,13 @@
-"""The rule glcan for super-resolution: the image from features alone, exact in parts, within its budget."""
+"""The rule glcan for super-resolution: the image from features alone, an end folded exactly, a long last block."""
 
 from __future__ import annotations
 
-import copy
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Adam
 
@@ -15,7 +15,7 @@ import glcan
 from glcan import Boundary, LocalLearner
 from glcan.errors import ConfigError
 from glcan.models import create
-from glcan.rules.glcan.super_resolution import auxiliary_flops, fit_width_and_kernel
+from glcan.rules.glcan.super_resolution import FoldedEnd, auxiliary_flops, fit_context
 
 OPTIMIZER = partial(Adam, lr=1e-3)
 
@@ -55,39 +55,58 @@ def test_nothing_is_cut_inside_the_upsampler(scale: int) -> None:
     }
 
 
-def test_parts_change_no_gradient() -> None:
-    sample = batch(7, dtype=torch.float64)
-    whole = learner(network().double(), sample)
-    whole.backward(*sample)  # takes the scale of the features
-    for parameter in whole.parameters():
-        parameter.grad = None
-    parted = copy.deepcopy(whole)
-    for auxiliary in parted.auxiliary.values():
-        assert auxiliary.parts == 1  # so small a batch is not worth dividing
-        auxiliary.parts = 3
-    losses = [mine.backward(*sample) for mine in (whole, parted)]
-    assert losses[0].keys() == losses[1].keys()
-    for name in losses[0]:
-        assert torch.allclose(losses[0][name].double(), losses[1][name].double(), rtol=1e-6)
-    for mine, other in zip(whole.parameters(), parted.parameters(), strict=True):
+@pytest.mark.parametrize("scale", [1, 2, 3, 4])
+def test_the_folded_end_is_two_convolutions(scale: int) -> None:
+    """In value and gradient, but for the border, where each convolution would pad with zeros of its own."""
+    end = FoldedEnd(8, 12, 3, scale).double()
+    folded, plain = (torch.randn(2, 8, 9, 9, dtype=torch.float64).requires_grad_() for _ in range(2))
+    plain.data.copy_(folded.data)
+    size = torch.tensor(3.0, dtype=torch.float64)
+    wide = F.pixel_shuffle(F.conv2d(plain / size, end.expand.weight, padding=1), scale)
+    images = [
+        F.pixel_shuffle(end(folded, size), scale),
+        F.conv2d(wide, end.image.weight, end.image.bias, padding=1),
+    ]
+    inner = [image[:, :, scale:-scale, scale:-scale] for image in images]
+    assert torch.allclose(*inner, rtol=1e-12)
+    weights = (end.expand.weight, end.image.weight, end.image.bias)
+    one, other = (
+        torch.autograd.grad(part.square().sum(), (leaf, *weights))
+        for part, leaf in zip(inner, (folded, plain), strict=True)
+    )
+    for mine, theirs in zip(one, other, strict=True):
+        assert torch.allclose(mine, theirs, rtol=1e-9, atol=1e-12)
+
+
+def test_the_last_block_is_long_for_no_more_memory() -> None:
+    low = torch.rand(16, 3, 24, 24)
+    sample = (low, torch.rand(16, 3, 48, 48))
+    torch.manual_seed(0)
+    model = create("edsr_baseline", scale=2, blocks=12, channels=16)
+    options = {"task": "super-resolution", "sample": sample, "blocks": 4, "optimizer": OPTIMIZER, "baselines": ()}
+    short = glcan.plan(model, rule_options={"long_end": 0.0}, **options)
+    long = glcan.plan(model, **options)
+    assert not short.plan.recompute
+    assert set(long.plan.recompute) <= {unit.name for unit in long.plan.units[-1]}
+    assert len(long.plan.units[-1]) > len(short.plan.units[-1])
+    assert long.cost.activation_peak_bytes < 1.05 * short.cost.activation_peak_bytes
+    assert short.cost.flops < long.cost.flops < short.cost.flops * (1 + 0.4 / 3 + 0.02)
+
+
+def test_recomputed_units_change_no_gradient() -> None:
+    sample = batch(dtype=torch.float64)
+    long = learner(network().double(), sample)
+    cuts = long.plan.cuts
+    assert long.plan.recompute
+    plain = LocalLearner(network().double(), "super-resolution", sample, cuts=cuts, optimizer=OPTIMIZER)
+    plain.load_state_dict(long.state_dict())
+    assert not plain.plan.recompute
+    losses = [mine.backward(*sample) for mine in (long, plain)]
+    assert losses[0] == losses[1]
+    for mine, other in zip(long.parameters(), plain.parameters(), strict=True):
         assert mine.grad is not None
         assert other.grad is not None
-        assert torch.allclose(mine.grad, other.grad, rtol=1e-9, atol=1e-12)
-
-
-def test_parts_need_less_memory() -> None:
-    low = torch.rand(16, 3, 64, 64)
-    model, sample = network(), (low, torch.rand(16, 3, 128, 128))
-    options = {"task": "super-resolution", "sample": sample, "blocks": 3, "optimizer": OPTIMIZER, "baselines": ()}
-    parted = glcan.plan(model, rule_options={"width": 2.0}, **options)
-    cuts = parted.plan.cuts
-    mine = LocalLearner(model, "super-resolution", sample, cuts=cuts, rule_options={"width": 2.0}, optimizer=OPTIMIZER)
-    for auxiliary in mine.auxiliary.values():
-        assert auxiliary.parts > 1
-        auxiliary.parts = 1
-    whole = glcan.measure_step(mine, *sample)
-    assert parted.cost.activation_peak_bytes < 0.9 * whole.activation_peak_bytes
-    assert parted.cost.flops == whole.flops
+        assert torch.allclose(mine.grad, other.grad, rtol=1e-10, atol=1e-14)
 
 
 def test_the_scale_of_the_features_does_not_matter() -> None:
@@ -102,12 +121,12 @@ def test_the_scale_of_the_features_does_not_matter() -> None:
     assert outputs[0].shape == (6, 3, 24, 24)
 
 
-def test_the_width_fits_its_budget() -> None:
-    for flops in (2e4, 3e4, 1e5, 2e5):
-        width, kernel = fit_width_and_kernel(64, 3, 2, True, 32, flops, 64)
-        assert auxiliary_flops(64, width, kernel, 3, 2, True, 32) <= flops or (width, kernel) == (4, 1)
-        assert width == 64 or auxiliary_flops(64, width + 4, kernel, 3, 2, True, 32) > flops
-    assert fit_width_and_kernel(64, 3, 2, True, 32, 1e9, 32) == (32, 3)
+def test_the_global_branch_fits_its_budget() -> None:
+    for flops in (1e4, 2.2e4, 2.6e4, 1e5):
+        context = fit_context(64, 3, 2, True, flops)
+        assert auxiliary_flops(64, 3, 2, True, context) <= flops or context == 8
+        assert context == 64 or auxiliary_flops(64, 3, 2, True, context + 8) > flops
+    assert fit_context(32, 3, 2, True, 1e9) == 32
 
 
 @pytest.mark.parametrize("options", [{"use_local": False}, {"use_global": False}], ids=str)

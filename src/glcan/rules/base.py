@@ -131,6 +131,10 @@ class Rule(ABC):
         """Entered around each forward pass of the model."""
         return contextlib.nullcontext()
 
+    def long_end(self, task: Task) -> float:
+        """What the last block may recompute to be longer, as a share of the FLOPs; see `glcan.plan.longest_end`."""
+        return 0.0
+
     def before_pass(self, auxiliary: nn.ModuleDict, model: nn.Module) -> None:
         """Called before each training pass, where auxiliary networks may look at the weights of today."""
 

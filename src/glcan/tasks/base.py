@@ -43,10 +43,6 @@ class Task(ABC):
             GlcanError: the sample does not fit the task or the model.
         """
 
-    def part(self, batch: tuple[Any, ...], start: int, stop: int) -> tuple[Any, ...]:
-        """The images from ``start`` to ``stop`` of a batch; by default each item is cut along its first dimension."""
-        return tuple(item[start:stop] for item in batch)
-
     def running(self, model: nn.Module) -> contextlib.AbstractContextManager[Any]:
         """Entered around each forward pass of a model in blocks, and around its profile."""
         return contextlib.nullcontext()

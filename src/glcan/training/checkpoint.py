@@ -25,7 +25,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
     The data is on the disk before the name changes, so that a power cut leaves one of the two as well.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # several processes may write the same file
     try:
         write(temporary)
         with temporary.open("rb") as file:

@@ -41,18 +41,19 @@ from glcan.rules.glcan.skeleton import (
     strides_of,
     widths_of,
 )
-from glcan.rules.glcan.super_resolution import SuperResolutionAuxiliary, fit_width_and_kernel
+from glcan.rules.glcan.super_resolution import SuperResolutionAuxiliary, fit_context
+from glcan.tasks.base import Task
 from glcan.tasks.classification import Classification
 from glcan.tasks.detection import Detection
 from glcan.tasks.super_resolution import SuperResolution
 
 _BUDGETS = {"classification": 0.07, "super-resolution": 0.12, "detection": 0.09}
+_LONG_ENDS = {"classification": 0.0, "super-resolution": 0.4, "detection": 0.1}
 _UNIT_SHARES = {"classification": 0.6, "super-resolution": 1.05, "detection": 0.0}
-# Classification: how far networks of the same structure are drawn together before each pass.
+# Classification with light units, and super-resolution: how far networks of the same structure are drawn together.
 _COUPLING = 0.1
-# Super-resolution: channels of the global branch, the widest map at full resolution; the most parts of a batch, and the
-# elements of that map below which a part is not worth the time.
-_CONTEXT, _WIDEST, _PARTS, _PART = 32, 48, 8, 2**19
+# Super-resolution: channels of the map at full resolution in the local branch, at most.
+_WIDEST = 64
 # Detection: convolutions before the head's predictions; the shares of an auxiliary network that it may cost to read the
 # maps that pass by.
 _TOWER, _PASSING = 2, 4
@@ -88,12 +89,15 @@ class GLCAN(Rule):
                 ``unit="backbone"``; none: no exchange.
             coupling: before each pass, three or more auxiliary networks of the same structure, behind units of the same
                 class, move this share of the way to their mean; 0: each goes its own way; none: 0.1 for classification
-                with ``unit="conv"``, else 0.
+                with ``unit="conv"`` and for super-resolution, else 0.
             look_ahead: where no more than this many units are to come, copies of them and of the classifier stand in
                 place of both branches, if they cost no more than a third of all auxiliary networks; 0: nowhere.
             pyramid_maps: detection: maps of the block that pass by the cut on their way to the detector's own pyramid
                 are read as well, if the narrowest network that does costs no more than four shares. The planner does
                 not know of their cost when it chooses the cuts.
+            long_end: units of the last block, which learns as in end-to-end training, are recomputed so that it can be
+                longer within the memory of the other blocks, up to this share of the model's FLOPs; 0: not; none: the
+                task's own default, 0.4 for super-resolution, 0.1 for detection, 0 for classification.
         """
 
         budget: float | None = None
@@ -109,6 +113,7 @@ class GLCAN(Rule):
         coupling: float | None = None
         look_ahead: int = 2
         pyramid_maps: bool = True
+        long_end: float | None = None
 
         def __post_init__(self) -> None:
             if self.budget is not None and not 0 < self.budget <= 10:
@@ -139,6 +144,10 @@ class GLCAN(Rule):
                 )
             if not 0 <= self.look_ahead <= 16:
                 raise ConfigError(f"glcan.look_ahead is {self.look_ahead}; it must lie in 0 ... 16, 0 for nowhere.")
+            if self.long_end is not None and not 0 <= self.long_end <= 1:
+                raise ConfigError(
+                    f"glcan.long_end is {self.long_end}; it must lie in [0, 1], 0 for nothing that is recomputed."
+                )
             if self.momentum is not None and (self.unit != "backbone" or not self.use_global):
                 raise ConfigError(
                     f"glcan.momentum is {self.momentum}, but it exchanges weights with the real units, so it needs "
@@ -200,17 +209,14 @@ class GLCAN(Rule):
         feature = site.trunk
         image = site.profile.image or feature.grid
         scale = max(1, round(task.scale * image[0] / feature.grid[0]))
-        local, context = self.config.use_local, _CONTEXT if self.config.use_global else 0
-        pixels, kernel = site.profile.batch * math.prod(feature.grid), 1
-        if self.config.width is not None:
-            width = max(4, 4 * round(self.config.width * feature.channels / 4))
-        else:
-            each = self._share(site) / pixels
-            width, kernel = fit_width_and_kernel(
-                feature.channels, task.channels, scale, local, context, each, max(4, min(feature.channels, _WIDEST))
-            )
-        parts = min(_PARTS, max(1, pixels * width * scale**2 // _PART))
-        return SuperResolutionAuxiliary(site.main, feature, task.channels, scale, width, kernel, local, context, parts)
+        channels, local, context = feature.channels, self.config.use_local, 0
+        if self.config.use_global and self.config.width is not None:
+            context = max(8, 8 * round(self.config.width * channels / 8))
+        elif self.config.use_global:
+            each = self._share(site) / (site.profile.batch * math.prod(feature.grid))
+            context = fit_context(channels, task.channels, scale, local, each)
+        width = min(channels, _WIDEST) if local else 0
+        return SuperResolutionAuxiliary(site.main, feature, task.channels, scale, width, context)
 
     def _classification(self, site: Site, task: Classification) -> nn.Module:
         assert task.classes is not None
@@ -265,11 +271,14 @@ class GLCAN(Rule):
             return [[name] for name in names]
         return [names[i : i + 3] for i in range(0, len(names), 3)]  # convolution, normalisation, activation
 
+    def long_end(self, task: Task) -> float:
+        return _LONG_ENDS[task.name] if self.config.long_end is None else self.config.long_end
+
     def before_pass(self, auxiliary: nn.ModuleDict, model: nn.Module) -> None:
         own = [network for network in auxiliary.values() if not isinstance(network, LookAhead)]
         share = self.config.coupling
         if share is None:
-            light = self.config.unit == "conv" and own and isinstance(own[0], ClassificationAuxiliary)
+            light = self.config.unit == "conv" and own and not isinstance(own[0], DetectionAuxiliary)
             share = _COUPLING if light else 0.0
         if share:
             draw_together(own, share)

@@ -1,18 +1,16 @@
 """The auxiliary network of super-resolution: the image, from the block's own features alone.
 
-- *local branch*: the features at full resolution (a convolution and a sub-pixel shuffle), and a convolution *there*:
-  the linear end that super-resolution networks have themselves, cheaply. Behind the model's own upsampler, the
-  convolution alone.
+- *local branch*: the end that super-resolution networks have themselves, a convolution, a sub-pixel shuffle and a
+  convolution at full resolution. All of it is linear, so it is learned as two convolutions and computed as one;
 - *global branch*: the features at a quarter of their resolution and convolutions there, brought back;
-- *collaboration*: both are added before they are shuffled to full resolution.
+- *collaboration*: both are added, and shuffled to full resolution.
 
 The image is made of the features and not added to a bicubic one. That would be learned faster, but features that only
 have to tell what bicubic enlargement lacks soon hold nothing else, and the model's own end cannot make an image of them
 (docs/findings.md).
 
 The features are divided by their root mean square in the first batch, because networks work on pixels in 0..1 or in
-0..255. There is no batch normalisation, so the network may see a batch in parts, one after the other, with the same
-gradient.
+0..255, and the mean colour of that batch is added.
 
 Shape letters: B batch, C channels, h x w the low-resolution map, s scale, n width.
 """
@@ -33,34 +31,54 @@ REDUCTION = 4
 """How much smaller than the features the global branch's map is, along each side."""
 
 
-def auxiliary_flops(
-    channels: int, width: int, kernel: int, colours: int, scale: int, local: bool, context: int
-) -> float:
+def auxiliary_flops(channels: int, colours: int, scale: int, local: bool, context: int) -> float:
     """Forward FLOPs of `SuperResolutionAuxiliary` for each pixel of the features."""
-    full = scale * scale
-    shuffled = _shuffled(scale, local, context)
-    flops = 2.0 * 9 * (width if shuffled else channels) * colours * full
-    if local and shuffled:
-        flops += 2.0 * kernel * kernel * channels * width * full
+    outputs = colours * scale**2
+    flops = 2.0 * 5 * 5 * channels * outputs if local else 0.0
     if context:
-        flops += 2 * 9 * (channels * context + context * context + context * width * full) / REDUCTION**2
+        flops += 2 * 9 * (channels * context + context * context + context * outputs) / REDUCTION**2
     return flops
 
 
-def _shuffled(scale: int, local: bool, context: int) -> bool:
-    """Whether a map of the auxiliary network's own width goes before the convolution that makes the image."""
-    return scale > 1 or not local or bool(context)
+def fit_context(channels: int, colours: int, scale: int, local: bool, flops: float) -> int:
+    """Channels of the global branch within so many FLOPs per pixel of the features: a multiple of 8, at least 8."""
+    widths = range(8, channels + 1, 8)
+    return max((n for n in widths if auxiliary_flops(channels, colours, scale, local, n) <= flops), default=8)
 
 
-def fit_width_and_kernel(
-    channels: int, colours: int, scale: int, local: bool, context: int, flops: float, most: int
-) -> tuple[int, int]:
-    """(width, kernel) within so many FLOPs per pixel of the features: the widest with a 3x3 kernel, else with 1x1."""
-    for kernel in (3, 1):
-        for width in range(most, 3, -4):
-            if auxiliary_flops(channels, width, kernel, colours, scale, local, context) <= flops:
-                return width, kernel
-    return 4, 1
+class FoldedEnd(nn.Module):
+    """Features [B, C, h, w] -> [B, colours * s * s, h, w]: convolution, sub-pixel shuffle and convolution, as one.
+
+    The weights of both convolutions are learned, but multiplied into one 5x5 kernel before the features see them, as
+    SESR does (Bhardwaj et al. 2022, arXiv 2103.09404, section 3.2; there without a shuffle in between): the same
+    function and gradient, but at the border of the image, for a fraction of the FLOPs.
+
+    Args:
+        channels: C.
+        width: n, of the map at full resolution, which is never made.
+        colours, scale: of the images.
+    """
+
+    def __init__(self, channels: int, width: int, colours: int, scale: int) -> None:
+        super().__init__()
+        self.scale = scale
+        self.expand = nn.Conv2d(channels, width * scale**2, 3, bias=False)
+        self.image = nn.Conv2d(width, colours, 3)
+
+    def kernel(self) -> Tensor:
+        """[colours * s * s, C, 5, 5]."""
+        s = self.scale
+        with torch.autocast(self.expand.weight.device.type, enabled=False):
+            # The two convolutions' answer to an impulse in each channel: of 3x3 pixels, then 5x5.
+            impulses = F.pixel_shuffle(self.expand.weight.flip(2, 3).transpose(0, 1), s)
+            answers = F.conv2d(impulses, self.image.weight, padding=s + 1)
+            return F.pixel_unshuffle(answers, s).transpose(0, 1).flip(2, 3)
+
+    def forward(self, features: Tensor, size: Tensor) -> Tensor:
+        """``size``: the features are divided by it first."""
+        assert self.image.bias is not None
+        bias = self.image.bias.repeat_interleave(self.scale**2)
+        return F.conv2d(features, self.kernel() / size, bias, padding=2)
 
 
 class SuperResolutionAuxiliary(nn.Module):
@@ -71,61 +89,45 @@ class SuperResolutionAuxiliary(nn.Module):
         feature: of that tensor.
         colours: of the images.
         scale: from the features to the high-resolution image; 1 behind the model's own upsampler.
-        width, kernel: n, and the side of the convolution before the shuffle.
-        local: the local branch.
+        width: n of the local branch, 0 for none.
         context: channels of the global branch, 0 for none.
-        parts: the batch goes through in so many parts, one after the other.
     """
 
-    def __init__(
-        self,
-        main: int,
-        feature: Feature,
-        colours: int,
-        scale: int,
-        width: int,
-        kernel: int,
-        local: bool,
-        context: int,
-        parts: int,
-    ) -> None:
+    def __init__(self, main: int, feature: Feature, colours: int, scale: int, width: int, context: int) -> None:
         super().__init__()
-        self.main, self.feature, self.scale, self.parts = main, feature, scale, parts
+        self.main, self.feature, self.scale = main, feature, scale
         self.size: Tensor
+        self.mean: Tensor
         self.register_buffer("size", torch.zeros(()))  # root mean square of the features; 0 before the first batch
-        channels, full = feature.channels, scale**2
-        shuffled = _shuffled(scale, local, context)
-        self.expand = nn.Conv2d(channels, width * full, kernel, padding=kernel // 2) if local and shuffled else None
+        self.register_buffer("mean", torch.zeros(colours, 1, 1))
+        channels = feature.channels
+        self.end = FoldedEnd(channels, width, colours, scale) if width else None
         self.context = (
             nn.Sequential(
                 nn.Conv2d(channels, context, 3, padding=1),
                 nn.ReLU(inplace=True),
                 nn.Conv2d(context, context, 3, padding=1),
                 nn.ReLU(inplace=True),
-                nn.Conv2d(context, width * full, 3, padding=1),
+                nn.Conv2d(context, colours * scale**2, 3, padding=1),
             )
             if context
             else None
         )
-        self.image = nn.Conv2d(width if shuffled else channels, colours, 3, padding=1)
 
     def forward(self, boundary: Boundary, batch: Any) -> Tensor:
         """-> images [B, colours, s*h, s*w]."""
-        features = as_map(boundary.entering[self.main], self.feature)
+        features, high = as_map(boundary.entering[self.main], self.feature), batch[1]
         with torch.no_grad():
-            now = features.float().square().mean().sqrt().clamp_min(1e-6)
-            self.size.copy_(torch.where(self.size > 0, self.size, now))
-        features = features / self.size.to(features.dtype)
-        maps = features if self.expand is None and self.context is None else None
-        if self.expand is not None:
-            maps = self.expand(features)
+            size = features.float().square().mean().sqrt().clamp_min(1e-6)
+            self.mean.copy_(torch.where(self.size > 0, self.mean, high.float().mean((0, 2, 3))[:, None, None]))
+            self.size.copy_(torch.where(self.size > 0, self.size, size))
+        maps = self.end(features, self.size) if self.end is not None else None
         if self.context is not None:
-            small = F.avg_pool2d(features, REDUCTION, ceil_mode=True)
+            small = F.avg_pool2d(features, REDUCTION, ceil_mode=True) / self.size.to(features.dtype)
             wide = F.interpolate(self.context(small), size=features.shape[-2:], mode="bilinear", align_corners=False)
             maps = wide if maps is None else maps + wide
         assert maps is not None
-        image: Tensor = self.image(F.pixel_shuffle(maps, self.scale))
-        high = batch[1].shape[-2:]
-        if image.shape[-2:] != high:  # features whose grid is no whole part of the image's
-            image = F.interpolate(image, size=high, mode="bilinear", align_corners=False)
+        image = F.pixel_shuffle(maps, self.scale) + self.mean.to(maps.dtype)
+        if image.shape[-2:] != high.shape[-2:]:  # features whose grid is no whole part of the image's
+            image = F.interpolate(image, size=high.shape[-2:], mode="bilinear", align_corners=False)
         return image
