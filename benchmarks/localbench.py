@@ -44,7 +44,7 @@ from torch import Tensor, nn
 from glcan import LocalLearner, measure_step, rules
 from glcan.data.sets import SETS
 from glcan.errors import GlcanError
-from glcan.report.costs import with_finish
+from glcan.report.costs import averaged, phases
 from glcan.report.plots import COLOURS, MARKERS
 from glcan.sizes import format_bytes, format_scaled
 from glcan.training import MEASURES, RunConfig, build, environment, load_data, load_model, train
@@ -254,19 +254,17 @@ def run(job: Job, threads: int) -> str:
         layout = torch.channels_last if job.config.channels_last else torch.contiguous_format
         device = next(learner.model.parameters()).device
         batch = to_device(next(iter(data.loader("train", job.config.batch))), device, layout)
-        cost = measure_step(learner.train(), *batch)
-        if job.config.finish:
-            del learner
-            gc.collect()
-            change: dict[str, Any] = {
-                "rule": "checkpoint",
-                "rule_options": {},
-                "blocks": None,
-                "finish": 0.0,
-                "finish_lr": None,
-            }
-            last = measure_step(build(RunConfig(**(job.config.model_dump() | change)), data).train(), *batch)
-            cost = with_finish(cost, last, job.config.finish)
+        shares = phases(job.config, learner.plan.blocks)
+        costs = {}
+        for phase in shares:
+            if phase == "finish":
+                del learner
+                gc.collect()
+                change = {"rule": "checkpoint", "rule_options": {}, "blocks": None, "finish": 0.0, "finish_lr": None}
+                learner = build(RunConfig(**(job.config.model_dump() | change)), data)
+            learner.frozen = learner.plan.blocks - 1 if phase == "frozen" else 0
+            costs[phase] = measure_step(learner.train(), *batch)
+        cost = averaged(costs, shares)
     except GlcanError as error:
         return f"{job.file.stem}: {error}"
     job.file.parent.mkdir(parents=True, exist_ok=True)

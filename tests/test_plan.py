@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Collection
 
 import pytest
 from hypothesis import given, settings
@@ -82,20 +81,37 @@ def test_the_last_block_is_as_long_as_the_memory_allows(saved: list[int], most: 
     def cost(i: int, j: int) -> int:
         return sum(saved[i:j])
 
-    def recomputed(i: int, again: Collection[int]) -> int:
-        return sum(saved[k] for k in range(i, count) if k not in again) + max((saved[k] for k in again), default=0)
+    def end(i: int, stop: int, bound: float) -> tuple[int, list[tuple[int, int]]]:
+        return max(sum(saved[stop:]), *saved[i:stop], 0), [(k, k + 1) for k in range(i, stop)]
 
+    each = data.draw(st.integers(-2, 2))
     short = [0, *(profile.unit(cut).index for cut in choose_cuts(profile, blocks, cost))]
     bound = 1.1 * max(cost(i, j) for i, j in itertools.pairwise([*short, count]))
-    cuts, names = longest_end(profile, blocks, cost, recomputed, most)
+    cuts, names = longest_end(profile, blocks, cost, end, lambda i, j: each, most / 3)
     begins = [0, *(profile.unit(cut).index for cut in cuts)]
-    again = [profile.unit(name).index for name in names]
+    stop = begins[-1] + len(names)
+    assert [profile.unit(name).index for name in names] == list(range(begins[-1], stop))
     assert len(begins) == blocks
     assert begins[-1] <= short[-1]
-    assert all(index >= begins[-1] for index in again)
     assert all(cost(i, j) <= bound for i, j in itertools.pairwise(begins))
-    assert recomputed(begins[-1], again) <= bound
-    assert len(again) <= most * count
+    assert end(begins[-1], stop, bound)[0] <= bound
+    assert stop == begins[-1] or end(begins[-1], stop - 1, bound)[0] > bound  # no more than is needed
+    assert not names or 10 * len(names) + blocks * each <= most * profile.flops
+
+
+def test_units_that_are_recomputed_together() -> None:
+    profile = a_profile([4, 4, 4, 4])
+    plan = make_plan(profile, cuts=["u1"], recompute=["u3", "block1", "u1+u2"])
+    assert plan.recompute == ("block1", "u1+u2", "u3")
+    assert plan.recomputed_units == [["u1", "u2"], ["u3"]]
+    assert str(plan).splitlines()[1].endswith(", recomputed")
+    assert str(plan).splitlines()[2].endswith(", 3 of 3 units recomputed")
+    for wrong in ("u1+u3", "u2+u1", "u0+u1"):
+        with pytest.raises(CutError, match="one by one"):
+            make_plan(profile, cuts=["u1"], recompute=[wrong])
+    for unknown in ("u9", "u1+u9", "block1+u1", "block3"):
+        with pytest.raises(UnknownName):
+            make_plan(profile, cuts=["u1"], recompute=[unknown])
 
 
 def side_by_side(saved: list[int]) -> Profile:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -182,6 +182,7 @@ class Estimate:
         known = [(pieces or {}).get(run[0].name) for run in runs]
         self._backward = [p.backward_bytes if p else 2 * out for p, out in zip(known, self._output, strict=True)]
         self._cut_flops = [p.cut_flops if p else 0 for p in known]
+        self._joins = [all(unit.chained for unit in run) for run in runs]  # can be recomputed with what is before it
         self.block_bytes: BlockCost = functools.cache(self._block_bytes)
         self.recomputed_bytes: BlockCost = functools.cache(self._recomputed_bytes)
 
@@ -192,30 +193,56 @@ class Estimate:
 
     def _block_bytes(self, i: int, j: int) -> int:
         """Peak of the activations and gradients of the block from place i to place j."""
-        return self._partly_recomputed(i, j, ())
+        return self._peak(i, j, [])
 
     def _recomputed_bytes(self, i: int, j: int) -> int:
         """The same where all units' activations are recomputed."""
-        return self._partly_recomputed(i, j, range(i, j))
+        return self._peak(i, j, [(k, k + 1) for k in range(i, j)])
 
-    def end_bytes(self, i: int, again: Collection[int]) -> int:
-        """The same of the last block, from place i, where units are recomputed that begin at these places."""
-        return self._partly_recomputed(i, len(self._saved), again)
+    def end(self, i: int, stop: int, bound: float) -> tuple[int, list[tuple[int, int]]]:
+        """The same of the last block, from place i, where what comes before place ``stop`` is recomputed, and how.
 
-    def _partly_recomputed(self, i: int, j: int, again: Collection[int]) -> int:
-        """Of units that are recomputed, only what enters them is kept.
+        It is recomputed in segments, each as long as the bound on the block's bytes allows: the longer, the fewer
+        tensors are kept. That costs nothing where the block begins, since all behind is freed by the time when a
+        segment is computed again.
+
+        Returns:
+            The bytes, and the places where each segment begins and ends.
+        """
+        segments: list[tuple[int, int]] = []
+        for k in range(i, stop):
+            longer = [*segments[:-1], (segments[-1][0], k + 1)] if segments and self._joins[k] else []
+            fits = longer and self._entering[i] + self._inside(i, k + 1, longer)[1] <= bound
+            segments = longer if fits else [*segments, (k, k + 1)]
+        return self._peak(i, len(self._saved), segments), segments
+
+    def _peak(self, i: int, j: int, segments: Sequence[tuple[int, int]]) -> int:
+        """Peak of the block from place i to place j. Of segments that are recomputed, only what enters them is kept."""
+        kept, inside = self._inside(i, j, segments)
+        return self._entering[i] + max(inside, kept + self._after(j))
+
+    def _inside(self, i: int, j: int, segments: Sequence[tuple[int, int]]) -> tuple[int, int]:
+        """What is kept where the block's forward pass ends, and the most that the backward pass needs before that.
 
         What the block hands on is alive all the time; a unit that saves it otherwise makes it a second time here.
         """
-        kept, inside = self._output[j - 1] if j < len(self._saved) and j - 1 in again else 0, 0
-        for k in range(i, j):
-            if k in again:
+        last = bool(segments) and segments[-1][1] == j < len(self._saved)
+        kept, inside, k = self._output[j - 1] if last else 0, 0, i
+        ends = dict(segments)
+        while k < j:
+            end = ends.get(k, k + 1)
+            now, most = 0, 0
+            for n in range(k, end):
+                now += self._saved[n]
+                most = max(most + self._gradients[n], now + self._backward[n])
+            if k in ends:
                 kept += self._entering[k] if k > i else 0
-                inside = max(inside + self._gradients[k], kept + self._saved[k] + self._backward[k])
+                inside = max(inside + sum(self._gradients[k:end]), kept + most)
             else:
-                kept += self._saved[k]
-                inside = max(inside + self._gradients[k], kept + self._backward[k])
-        return self._entering[i] + max(inside, kept + self._after(j))
+                inside = max(inside + self._gradients[k], kept + most)
+                kept += now
+            k = end
+        return kept, inside
 
     def extra_flops(self, i: int, j: int) -> int:
         """FLOPs of the block from place i to place j beyond its share of end-to-end training; may be negative."""

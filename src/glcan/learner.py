@@ -47,8 +47,9 @@ class LocalLearner:
         task: "classification", or a `glcan.tasks.Task`.
         sample: a batch as `backward` and `step` take it, for the profile; classification: (images [B, C, H, W],
             labels [B]). The batch size may differ later.
-        blocks: K, the number of blocks; the cuts are chosen so that the largest block saves the fewest bytes. K=1 is
-            plain back-propagation, bit for bit.
+        blocks: K, the number of blocks; the cuts are chosen so that the largest block needs the fewest bytes, or, where
+            the rule asks for it, that the last block is as long as that memory allows (`glcan.plan.longest_end`). K=1
+            is plain back-propagation, bit for bit.
         cuts: names of the units at which blocks 2 ... K begin, in place of ``blocks``.
         units: names of the sub-modules that are never cut inside, in place of the profile's.
         rule: a name of `glcan.methods()` or a `glcan.rules.Rule`. Baselines take no blocks or cuts.
@@ -58,8 +59,9 @@ class LocalLearner:
             ``torch.autocast`` says). The backward passes run outside of it.
         clip_norm: in `step`, clips the norm of each block's gradient to this.
         leak_check: look for gradients that cross a cut (walks the autograd graph once).
-        recompute: activation checkpointing inside blocks: True for all of them, or the blocks' names ("block1"). Only
-            what enters each unit is kept, and the auxiliary networks' units are recomputed too.
+        recompute: activation checkpointing inside blocks: True for all of them, or the names of blocks ("block1") and
+            units (or "unit1+unit2" for units that are recomputed together). Only what enters each unit is kept; a named
+            block's auxiliary network is recomputed too.
         memory: a budget for the peak of a step, such as "8GiB", in place of blocks, cuts and recompute: the cheapest
             plan that fits (see `glcan.plan`). "auto": what the model's CUDA device has free, less a tenth.
         profile: what `glcan.profile` gave for this model and sample, if it is at hand: saves the dry runs of it.
@@ -70,6 +72,10 @@ class LocalLearner:
         plan, profile, rule, task: see their classes.
         forecast: what the step was predicted to cost, with ``memory``; else None.
         optimizers: one for each block that has trainable parameters (and one for tied parameters, see below).
+        optimizer_of: the same by the index of the block, from 0; those of tied parameters at K.
+        frozen: so many blocks, from the first one on, are trained no more: they only run forward, and their parameters
+            get no gradient. 0 at first; may be set between two steps, up to K - 1. Their learning rate should be near
+            zero by then.
         after_block: if set, called with a block's name when it has been trained, before the next one begins.
 
     Parameters that are used in several blocks (tied weights) get the sum of the blocks' gradients, and `step` updates
@@ -176,8 +182,9 @@ class LocalLearner:
         )
         self._recomputed = self._find_recomputed()
         self.after_block: Callable[[str], None] | None = None
+        self.frozen = 0
         self.optimizers: list[Optimizer] = []
-        self._block_optimizer: dict[int, Optimizer] = {}
+        self.optimizer_of: dict[int, Optimizer] = {}
         if optimizer is not None:
             self._make_optimizers(optimizer)
 
@@ -201,7 +208,7 @@ class LocalLearner:
                 cost = estimate.block_bytes
                 most = self.rule.long_end(self.task)
                 if most and not recompute:
-                    cuts, recompute = longest_end(self.profile, blocks, cost, estimate.end_bytes, most)
+                    cuts, recompute = longest_end(self.profile, blocks, cost, estimate.end, estimate.extra_flops, most)
                     blocks = None
             return make_plan(self.profile, blocks=blocks, cuts=cuts, cost=cost, recompute=recompute)
         if recompute:
@@ -238,8 +245,10 @@ class LocalLearner:
     def _find_recomputed(self) -> list[list[str]]:
         """The chains of units that are recomputed, as the plan says."""
         wanted = {u.name for k, b in enumerate(self.plan.units) if self.names[k] in self.plan.recompute for u in b}
-        wanted.update(self.plan.recompute)
-        return [run for run in segments_of(self.profile) if run[0] in wanted and run[0] not in self.profile.parted]
+        together = self.plan.recomputed_units
+        wanted.update(names[0] for names in together if len(names) == 1)
+        runs = [run for run in segments_of(self.profile) if run[0] in wanted and run[0] not in self.profile.parted]
+        return runs + [names for names in together if len(names) > 1]
 
     def _check_trained(self) -> None:
         for k, cut in enumerate(self.plan.cuts):
@@ -273,7 +282,7 @@ class LocalLearner:
                         f"optimizer(parameters) gave {type(optimizer).__name__}; it must return a "
                         "torch.optim.Optimizer, as functools.partial(torch.optim.SGD, lr=0.1) does."
                     )
-                self._block_optimizer[k] = optimizer
+                self.optimizer_of[k] = optimizer
                 self.optimizers.append(optimizer)
 
     def _survey(self, batch: tuple[Any, ...], leak_check: bool) -> tuple[_Crossing, _Crossing]:
@@ -342,7 +351,7 @@ class LocalLearner:
             scaler: a ``torch.amp.GradScaler`` for float16.
 
         Returns:
-            The blocks' losses by name, detached scalars; the last one is the model's own.
+            The losses by name of the blocks that are not frozen, detached scalars; the last one is the model's own.
         """
         return self._run(batch, scaler, None)
 
@@ -361,7 +370,7 @@ class LocalLearner:
         return losses
 
     def _update(self, block: int) -> None:
-        optimizer = self._block_optimizer.get(block)
+        optimizer = self.optimizer_of.get(block)
         if optimizer is None:
             return
         parameters = (*self._own, self._shared)[block]
@@ -371,7 +380,13 @@ class LocalLearner:
         optimizer.zero_grad(set_to_none=True)
 
     def _run(self, batch: tuple[Any, ...], scaler: Any, finish: Callable[[int], None] | None) -> dict[str, Tensor]:
-        self.rule.before_pass(self.auxiliary, self.model)
+        if not 0 <= self.frozen < self.plan.blocks:
+            raise ConfigError(
+                f"frozen is {self.frozen}, but of {self.plan.blocks} blocks 0 to {self.plan.blocks - 1} can be frozen: "
+                "the last one always learns."
+            )
+        learning = [name for name in self.names[self.frozen :] if name in self.auxiliary]
+        self.rule.before_pass(nn.ModuleDict({name: self.auxiliary[name] for name in learning}), self.model)
         losses: dict[str, Tensor] = {}
         forward = self._forward_autocast(batch)
         isolation = self._isolation
@@ -392,6 +407,9 @@ class LocalLearner:
 
         def at_cut(boundary: Boundary) -> None:
             name = self.names[boundary.block]
+            if boundary.block < self.frozen:
+                torch.set_grad_enabled(boundary.block + 1 == self.frozen)  # until the context below is left
+                return
             if len(boundary.entering) != len(self._entering(boundary.block)):
                 raise ConfigError(
                     f"{len(boundary.entering)} tensors that need a gradient enter the cut at {boundary.cut!r}, but "
@@ -413,6 +431,7 @@ class LocalLearner:
             in_parts(self.model, self.profile.parted if last else ()),
             isolation if last else contextlib.nullcontext(),
             forward,
+            torch.no_grad() if self.frozen else contextlib.nullcontext(),
         ):
             with self.rule.running(self.model, self.profile), checkpointed(self.model, self._recomputed):
                 loss = self.task.loss(self.model(*args, **kwargs), batch)

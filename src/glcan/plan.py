@@ -8,7 +8,7 @@ import itertools
 import math
 import operator
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from glcan.errors import CutError, UnknownName
 from glcan.profile import Feature, Profile, Unit
@@ -28,8 +28,9 @@ BlockCost = Callable[[int, int], int]
 """What a block costs, by the places (see `cut_places`) where it begins and ends."""
 
 
-# The estimate of a last block with recomputed units is up to a tenth too high.
+# How much larger than the largest of even blocks those with a long last one may be.
 _SLACK = 1.1
+_TOGETHER = "+"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +41,8 @@ class Plan:
         cuts: names of the units that begin block 2, 3, ...
         units: the profile's units, block by block. The first one of a block tells, as ``entering``, what it receives
             from the block before.
-        recompute: names of the blocks, and of single units, whose activations are recomputed, unit by unit (activation
-            checkpointing).
+        recompute: names of the blocks whose activations are recomputed, unit by unit (activation checkpointing), and of
+            single units, or "unit1+unit2+unit3" for units that follow each other and are recomputed together.
     """
 
     cuts: tuple[str, ...]
@@ -79,8 +80,14 @@ class Plan:
     def _recomputed(self, block: int) -> str:
         if f"block{block}" in self.recompute:
             return ", recomputed"
-        count = sum(unit.name in self.recompute for unit in self.units[block - 1])
+        names = {name for together in self.recomputed_units for name in together}
+        count = sum(unit.name in names for unit in self.units[block - 1])
         return f", {count} of {len(self.units[block - 1])} units recomputed" if count else ""
+
+    @property
+    def recomputed_units(self) -> list[list[str]]:
+        """The units in `recompute`, those together that are recomputed together."""
+        return [entry.split(_TOGETHER) for entry in self.recompute if entry not in self.names]
 
 
 def make_plan(
@@ -97,7 +104,7 @@ def make_plan(
         profile: of the model.
         blocks, cost: as `choose_cuts` takes them.
         cuts: names of the units that begin block 2, 3, ...
-        recompute: whether, or in which blocks ("block1", ...) or units, activations are recomputed.
+        recompute: whether, or of which blocks or units, activations are recomputed, see `Plan`.
 
     Raises:
         CutError: both or neither are given; more blocks than the model has places to cut; cuts out of order or at a
@@ -115,11 +122,27 @@ def make_plan(
     ends = [*starts[1:], len(profile.units)]
     plan = Plan(tuple(cuts), tuple(profile.units[a:b] for a, b in zip(starts, ends, strict=True)))
     wanted = list(plan.names) if recompute is True else recompute or []
-    possible = [*plan.names, *profile.names]
-    for name in wanted:
+    for entry in wanted:
+        _check_recomputed(plan, profile, entry)
+    order = {name: i for i, name in enumerate((*plan.names, *profile.names))}
+    ordered = sorted(set(wanted), key=lambda entry: order[entry.split(_TOGETHER)[0]])
+    return dataclasses.replace(plan, recompute=tuple(ordered))
+
+
+def _check_recomputed(plan: Plan, profile: Profile, entry: str) -> None:
+    names = entry.split(_TOGETHER)
+    possible = [*plan.names, *profile.names] if len(names) == 1 else profile.names
+    for name in names:
         if name not in possible:
             raise UnknownName("block or unit to recompute", name, possible)
-    return dataclasses.replace(plan, recompute=tuple(name for name in possible if name in wanted))
+    units = [profile.unit(name) for name in names] if len(names) > 1 else []
+    starts = {block[0].name for block in plan.units}
+    for one, other in itertools.pairwise(units):
+        if other.index != one.index + 1 or not other.chained or other.name in starts:
+            raise CutError(
+                f"{other.name!r} cannot be recomputed together with {one.name!r}: in one block, it must be the next "
+                "unit, and nothing else may read what lies between them. Name the units one by one."
+            )
 
 
 def _check_cuts(profile: Profile, cuts: Sequence[str]) -> None:
@@ -181,18 +204,24 @@ def cheapest_cuts(
 
 
 def longest_end(
-    profile: Profile, blocks: int, cost: BlockCost, recomputed: Callable[[int, Collection[int]], int], most: float
+    profile: Profile,
+    blocks: int,
+    cost: BlockCost,
+    end: Callable[[int, int, float], tuple[int, list[tuple[int, int]]]],
+    extra: BlockCost,
+    most: float,
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Cuts that make the last block as long as the memory allows, and the names of the units to recompute for that.
+    """Cuts that make the last block as long as the memory allows, and what to recompute of it for that.
 
     The memory is that of the largest block where `choose_cuts` cuts. The last block learns as in end-to-end training:
-    the longer it is, the better. Units in it may be recomputed, first those that save most bytes for their FLOPs.
+    the longer it is, the better. Its first units may be recomputed, see `glcan.estimate.Estimate.end`.
 
     Args:
         profile, blocks, cost: as `choose_cuts` takes them.
-        recomputed: what the last block costs, by the place where it begins and the places from which to the next one
-            activations are recomputed.
-        most: FLOPs that may be recomputed, as a share of the model's.
+        end: what the last block costs, by the place where it begins, the place up to which its activations are
+            recomputed and the bound on that cost; and the places where each segment of that begins and ends.
+        extra: FLOPs of a block beyond its share of end-to-end training, recomputation aside.
+        most: FLOPs of a step beyond those of end-to-end training, as a share of these, that recomputing may lead to.
     """
     places = cut_places(profile)
     count, allowed = len(places) - 1, _trainable(profile)
@@ -201,27 +230,38 @@ def longest_end(
     bound = _SLACK * max(cost(i, j) for i, j in itertools.pairwise([*begins, count]))
     runs = [profile.units[a:b] for a, b in itertools.pairwise(places)]
     flops = [sum(unit.flops for unit in run) for run in runs]
-    whole = [bool({unit.name for unit in run}.isdisjoint(profile.parted)) for run in runs]
-
-    def saving(k: int) -> float:
-        return profile.saved_bytes(places[k], places[k + 1]) / max(1, flops[k])
-
+    parted = [any(unit.name in profile.parted for unit in run) for run in runs]
+    computed_twice = sum(unit.flops for unit in profile.units if unit.name in profile.parted)
     for last in range(blocks - 1, begins[-1]):
-        if not allowed(last, count):
-            continue
-        again: list[int] = []
-        wanted = sorted((k for k in range(last, count) if whole[k]), key=saving)
-        while recomputed(last, again) > bound and wanted:
-            again.append(wanted.pop())
-        if recomputed(last, again) > bound or sum(flops[k] for k in again) > most * profile.flops:
-            continue
         try:
             _, found = _cheapest(last, blocks - 1, cost, lambda joined, block: joined + block**2, allowed, bound)
         except KeyError:
             continue
-        names = tuple(profile.units[places[i]].name for i in (*found[1:], last))
-        return names, tuple(unit.name for k in sorted(again) for unit in runs[k])
+        begins = [*found, last]
+        spent = computed_twice + sum(extra(i, j) for i, j in itertools.pairwise([*begins, count]))
+        stop = last
+        while stop < count and not parted[stop] and spent + sum(flops[last : stop + 1]) <= 3 * most * profile.flops:
+            stop += 1
+        if not allowed(last, count) or end(last, stop, bound)[0] > bound:
+            continue
+        while stop > last and end(last, stop - 1, bound)[0] <= bound:
+            stop -= 1
+        names = tuple(profile.units[places[i]].name for i in begins[1:])
+        return names, tuple(name for a, b in end(last, stop, bound)[1] for name in _segments(runs[a:b]))
     return cuts, ()
+
+
+def _segments(runs: Sequence[Sequence[Unit]]) -> Iterator[str]:
+    """Names of what is recomputed together, as `Plan.recompute` has them."""
+    names: list[str] = []
+    for unit in itertools.chain.from_iterable(runs):
+        if names and not unit.chained:
+            yield _TOGETHER.join(names)
+            names = []
+        if names or unit.weights:
+            names.append(unit.name)
+    if names:
+        yield _TOGETHER.join(names)
 
 
 def cut_places(profile: Profile) -> list[int]:

@@ -120,8 +120,8 @@ class Forecast:
 
         name = f"{self.rule}:{self.plan.blocks}" if rules.RULES[self.rule].local else self.rule
         if self.plan.recompute:
-            what = "blocks" if set(self.plan.recompute) <= set(self.plan.names) else "units"
-            name += f" ({len(self.plan.recompute)} {what} recomputed)"
+            units = sum(map(len, self.plan.recomputed_units))
+            name += f" ({units} units recomputed)" if units else f" ({len(self.plan.recompute)} recomputed)"
         others = [cells(other, cost) for other, cost in self.baselines.items() if other != self.rule]
         return [["method", "peak", "activations", "FLOPs a step"], cells(name, self.cost), *others]
 

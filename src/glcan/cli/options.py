@@ -44,6 +44,7 @@ _PANELS = {
         "milestones",
         "warmup_epochs",
         "clip_norm",
+        "freeze",
         "finish",
         "finish_lr",
     ),

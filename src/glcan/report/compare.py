@@ -18,7 +18,7 @@ from glcan.errors import ConfigError, RunError
 from glcan.learner import LocalLearner
 from glcan.memory import StepCost, measure_step
 from glcan.report import tables
-from glcan.report.costs import WARMUP_ROUNDS, time_steps, weights_sha256, with_finish
+from glcan.report.costs import WARMUP_ROUNDS, averaged, phases, time_steps, weights_sha256
 from glcan.report.methods import Method, parse_methods
 from glcan.report.results import Comparison, Curve, MethodResult, Metric, Reference, VersusE2E
 from glcan.training import RunConfig, Summary, build, environment, load_data, read_metrics, train
@@ -265,35 +265,39 @@ def _check_initial_weights(configs: dict[Method, RunConfig]) -> str:
 def _costs(configs: dict[Method, RunConfig]) -> tuple[dict[str, StepCost], dict[str, list[float]], int]:
     """Cost of a metered step of each method, seconds of the interleaved steps, and the images in such a step.
 
-    With a finish: the larger of the two peaks, and the mean of FLOPs and seconds over the run.
+    Where a run has steps of several kinds (`phases`): the larger of the peaks, and the mean of FLOPs and seconds.
     """
     data = load_data(next(iter(configs.values())))
-    costs: dict[str, StepCost] = {}
-    learners: dict[str, LocalLearner] = {}
     batch: tuple[Any, ...] = ()
-    finish = next((c.finish for c in configs.values() if c.finish), 0.0)
-    steps = {method.name: config for method, config in configs.items()}
-    if finish:
-        change: dict[str, Any] = {"rule": "checkpoint", "rule_options": {}, "blocks": None, "cuts": None}
-        change |= {"finish": 0.0, "finish_lr": None}
-        steps["finish"] = RunConfig(**(next(iter(configs.values())).model_dump() | change))
-    for name, config in steps.items():
-        learner = build(config, data)
+    finish = {"rule": "checkpoint", "rule_options": {}, "blocks": None, "cuts": None, "finish": 0.0, "finish_lr": None}
+    steps: dict[tuple[str, str], RunConfig] = {}
+    shares = {method.name: phases(config, method.blocks) for method, config in configs.items()}
+    for method, config in configs.items():
+        for phase in shares[method.name]:
+            steps[method.name, phase] = RunConfig(**config.model_dump() | (finish if phase == "finish" else {}))
+
+    def learner_of(key: tuple[str, str]) -> LocalLearner:
+        learner = build(steps[key], data)
+        learner.frozen = learner.plan.blocks - 1 if key[1] == "frozen" else 0
+        return learner.train()
+
+    costs: dict[tuple[str, str], StepCost] = {}
+    for key, config in steps.items():
+        learner = learner_of(key)
         batch = _batch(config, learner, next(iter(data.loader("train", config.batch))))
-        learner.train()
-        costs[name] = measure_step(learner, *batch)
+        costs[key] = measure_step(learner, *batch)
         del learner
         gc.collect()
-    for name, config in steps.items():
-        learners[name] = build(config, data)
-        learners[name].train()
-    seconds = time_steps(learners, batch)
-    for method in configs:
-        if method.finish:
-            costs[method.name] = with_finish(costs[method.name], costs["finish"], finish)
-            pairs = zip(seconds[method.name], seconds["finish"], strict=True)
-            seconds[method.name] = [(1 - finish) * own + finish * other for own, other in pairs]
-    return costs, seconds, len(batch[0])
+    seconds = time_steps({key: learner_of(key) for key in steps}, batch)
+    means: dict[str, list[float]] = {}
+    for name, share in shares.items():
+        rounds = zip(*(seconds[name, phase] for phase in share), strict=True)
+        means[name] = [sum(s * t for s, t in zip(share.values(), each, strict=True)) for each in rounds]
+    return (
+        {name: averaged({phase: costs[name, phase] for phase in share}, share) for name, share in shares.items()},
+        means,
+        len(batch[0]),
+    )
 
 
 def _batch(config: RunConfig, learner: LocalLearner, batch: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -16,13 +16,14 @@ from glcan.isolation import tensors_in
 if TYPE_CHECKING:
     from glcan.learner import LocalLearner
     from glcan.memory import StepCost
+    from glcan.training import RunConfig
 
 WARMUP_ROUNDS = 2
 MIN_ROUNDS, MAX_ROUNDS = 7, 41
 TIMING_SECONDS = 60.0
 
 
-def time_steps(learners: Mapping[str, LocalLearner], batch: tuple[Any, ...]) -> dict[str, list[float]]:
+def time_steps(learners: Mapping[Any, LocalLearner], batch: tuple[Any, ...]) -> dict[Any, list[float]]:
     """Seconds of ``learner.step(*batch)``, every learner once in each round: A B C, A B C, ...
 
     What else the machine does, and how warm it runs, then meets all methods alike. The number of rounds follows from
@@ -35,25 +36,36 @@ def time_steps(learners: Mapping[str, LocalLearner], batch: tuple[Any, ...]) -> 
     for _ in range(WARMUP_ROUNDS):
         warm = [_time(learner, batch) for learner in learners.values()]
     rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(TIMING_SECONDS / sum(warm))))
-    seconds: dict[str, list[float]] = {name: [] for name in learners}
+    seconds: dict[Any, list[float]] = {name: [] for name in learners}
     for _ in range(rounds):
         for name, learner in learners.items():
             seconds[name].append(_time(learner, batch))
     return seconds
 
 
-def with_finish(local: StepCost, last: StepCost, share: float) -> StepCost:
-    """The cost of a step on average over a run whose last steps are others: the larger peaks, and the mean FLOPs.
+def phases(config: RunConfig, blocks: int) -> dict[str, float]:
+    """The kinds of steps of a run of so many blocks, and the share of the steps that each has.
+
+    "learning": all blocks learn; "frozen": the last one alone; "finish": the whole model, with checkpointing.
+    """
+    local = 1 - config.finish
+    learning = local * (config.freeze if blocks > 1 else 1)
+    shares = {"learning": learning, "frozen": local - learning, "finish": config.finish}
+    return {phase: share for phase, share in shares.items() if share}
+
+
+def averaged(costs: Mapping[str, StepCost], shares: Mapping[str, float]) -> StepCost:
+    """The cost of a step on average over a run: the largest peaks, and the mean FLOPs.
 
     Args:
-        local: before the finish.
-        last: of a step of the finish.
-        share: of the steps that the finish has.
+        costs: of a step of each of the run's `phases`.
+        shares: of the steps.
     """
+    used = {phase: costs[phase] for phase in shares}
     return dataclasses.replace(
-        max(local, last, key=lambda cost: cost.peak_bytes),
-        activation_peak_bytes=max(local.activation_peak_bytes, last.activation_peak_bytes),
-        flops=round((1 - share) * local.flops + share * last.flops),
+        max(used.values(), key=lambda cost: cost.peak_bytes),
+        activation_peak_bytes=max(cost.activation_peak_bytes for cost in used.values()),
+        flops=round(sum(share * costs[phase].flops for phase, share in shares.items())),
     )
 
 

@@ -132,7 +132,7 @@ class Rule(ABC):
         return contextlib.nullcontext()
 
     def long_end(self, task: Task) -> float:
-        """What the last block may recompute to be longer, as a share of the FLOPs; see `glcan.plan.longest_end`."""
+        """FLOPs beyond end-to-end training's for which the last block is made longer; see `glcan.plan.longest_end`."""
         return 0.0
 
     def before_pass(self, auxiliary: nn.ModuleDict, model: nn.Module) -> None:

@@ -140,6 +140,9 @@ class RunConfig(BaseModel):
     with halving."""
     clip_norm: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """Largest gradient norm of a block, larger ones are scaled down; default: no limit."""
+    freeze: float = Field(default=1.0, gt=0, le=1)
+    """Share of the steps in which the blocks before the last one run through the whole schedule; after that they are
+    frozen and only run forward, while the last block goes on learning; 1: they learn to the end."""
     finish: float = Field(default=0.0, ge=0, le=0.5)
     """Share of the steps, at the end, that train the whole model at once with activation checkpointing; 0 for none."""
     finish_lr: float | None = Field(default=None, gt=0, allow_inf_nan=False)

@@ -57,15 +57,13 @@ def psnr_y(images: Tensor, truth: Tensor, border: int) -> Tensor:
 
 
 def ssim_y(images: Tensor, truth: Tensor, border: int) -> Tensor:
-    """Structural similarity of the luma: RGB [B, 3, H, W] in 0..1 to float64 [B]; see `psnr_y`."""
-    from torchmetrics.functional.image import structural_similarity_index_measure
+    """Structural similarity of the luma: RGB [B, 3, H, W] in 0..1 to float64 [B]; see `psnr_y`. Computed on the CPU."""
+    # torchmetrics' takes thirty times as long on a CPU, and 14 GB for an image of 2000 pixels.
+    from skimage.metrics import structural_similarity
 
-    inside = _inside(images, truth, border, WINDOW)
-    found = structural_similarity_index_measure(
-        *inside, sigma=1.5, kernel_size=WINDOW, data_range=255.0, reduction="none", return_full_image=True
-    )
-    reach = WINDOW // 2  # torchmetrics mirrors the image at its border; the definition leaves these places out
-    return found[1][..., reach:-reach, reach:-reach].mean((1, 2, 3))
+    one, other = (image[:, 0].cpu().numpy() for image in _inside(images, truth, border, WINDOW))
+    options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 255.0}
+    return torch.tensor([structural_similarity(x, y, **options) for x, y in zip(one, other, strict=True)]).double()
 
 
 def evaluate_pairs(

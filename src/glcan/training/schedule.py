@@ -25,7 +25,21 @@ def local_steps(config: RunConfig, steps_per_epoch: int) -> int:
     return max(1, min(total - 1, round(total * (1 - config.finish)))) if config.finish else total
 
 
-def learning_rate(config: RunConfig, step: int, steps_per_epoch: int) -> float:
+def frozen(config: RunConfig, step: int, steps_per_epoch: int) -> bool:
+    """Whether the blocks before the last one have come to the end of their schedule."""
+    return step >= config.freeze * local_steps(config, steps_per_epoch)
+
+
+def block_learning_rate(config: RunConfig, step: int, steps_per_epoch: int) -> float:
+    """Learning rate of a block before the last one: the whole schedule, in the share of the steps that `freeze` says.
+
+    Early layers that come to rest before later ones do so in FreezeOut (Brock et al. 2017, arXiv 1706.04983), where
+    the learning rates of single layers end one after the other; here they are those of the blocks, all at once.
+    """
+    return learning_rate(config, step / config.freeze, steps_per_epoch)
+
+
+def learning_rate(config: RunConfig, step: float, steps_per_epoch: int) -> float:
     """Learning rate of one optimizer step: the schedule up to the finish, then one cycle of the finish's own.
 
     Args:
@@ -53,7 +67,7 @@ def learning_rate(config: RunConfig, step: int, steps_per_epoch: int) -> float:
     return config.lr * _between(1.0, 0.0, (step - warmup) / (total - warmup))
 
 
-def _one_cycle(step: int, total: int, warmup: float) -> float:
+def _one_cycle(step: float, total: int, warmup: float) -> float:
     """A step's share of the peak learning rate."""
     if step < warmup:
         return _between(_ONECYCLE_START, 1.0, step / warmup)

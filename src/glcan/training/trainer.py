@@ -28,7 +28,7 @@ from glcan.training.environment import environment, resolve_device
 from glcan.training.evaluation import MEASURES, evaluate
 from glcan.training.progress import Reporter
 from glcan.training.run import Metric, RunDirectory, Summary, write_json
-from glcan.training.schedule import learning_rate, local_steps
+from glcan.training.schedule import block_learning_rate, frozen, learning_rate, local_steps
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -327,7 +327,7 @@ class _Training:
 
     def _train_epoch(self, report: Reporter) -> None:
         """Train from where the epoch stands to its end."""
-        config, state = self.config, self.state
+        state = self.state
         if state.batch >= self.steps_per_epoch:  # stopped while it was evaluated
             return
         self.learner.train()
@@ -340,10 +340,7 @@ class _Training:
             batch = to_device(batch, self.device, self.layout)
             if state.step >= self.local_steps and not state.finishing:
                 self._begin_finish()
-            rate = learning_rate(config, state.step, self.steps_per_epoch)
-            for optimizer in self.learner.optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
+            self._set_rates()
             with self._memory_advice():
                 losses = self.learner.step(*batch)
             images = len(batch[0])
@@ -362,6 +359,17 @@ class _Training:
         began = time.monotonic()
         self._resolve_losses()
         state.epoch_seconds += time.monotonic() - began
+
+    def _set_rates(self) -> None:
+        """The learning rates of the step to come, and whether the blocks before the last one still learn."""
+        config, learner, now = self.config, self.learner, (self.state.step, self.steps_per_epoch)
+        before = learner.plan.blocks - 1
+        learner.frozen = before if frozen(config, *now) else 0
+        rate = learning_rate(config, *now)
+        early = 0.0 if learner.frozen else block_learning_rate(config, *now)
+        for block, optimizer in learner.optimizer_of.items():
+            for group in optimizer.param_groups:
+                group["lr"] = early if block < before else rate
 
     def _begin_finish(self) -> None:
         """From here on, the same model is trained end to end, with checkpointing and a new optimizer."""

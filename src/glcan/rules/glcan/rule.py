@@ -41,15 +41,15 @@ from glcan.rules.glcan.skeleton import (
     strides_of,
     widths_of,
 )
-from glcan.rules.glcan.super_resolution import SuperResolutionAuxiliary, fit_context
+from glcan.rules.glcan.super_resolution import SuperResolutionAuxiliary, fit
 from glcan.tasks.base import Task
 from glcan.tasks.classification import Classification
 from glcan.tasks.detection import Detection
 from glcan.tasks.super_resolution import SuperResolution
 
-_BUDGETS = {"classification": 0.07, "super-resolution": 0.12, "detection": 0.09}
-_LONG_ENDS = {"classification": 0.0, "super-resolution": 0.4, "detection": 0.1}
-_UNIT_SHARES = {"classification": 0.6, "super-resolution": 1.05, "detection": 0.0}
+_BUDGETS = {"classification": 0.07, "super-resolution": 0.045, "detection": 0.09}
+_LONG_ENDS = {"classification": 0.0, "super-resolution": 0.14, "detection": 0.095}
+_UNIT_SHARES = {"classification": 0.6, "super-resolution": 0.3, "detection": 0.0}
 # Classification with light units, and super-resolution: how far networks of the same structure are drawn together.
 _COUPLING = 0.1
 # Super-resolution: channels of the map at full resolution in the local branch, at most.
@@ -72,9 +72,9 @@ class GLCAN(Rule):
 
         Attributes:
             budget: forward FLOPs of all auxiliary networks together, as a share of the model's; none: the task's own
-                default, 0.07 for classification, 0.12 for super-resolution, 0.09 for detection.
+                default, 0.07 for classification, 0.045 for super-resolution, 0.09 for detection.
             unit_share: each auxiliary network may cost this share of the model's average unit even where the budget
-                would give it less, as with many blocks; none: the task's own default, 0.6 for classification, 1.05 for
+                would give it less, as with many blocks; none: the task's own default, 0.6 for classification, 0.3 for
                 super-resolution, 0 for detection (most of a detector is its heads).
             unit_cost: each unit of the skeleton may cost this share of the real unit that it stands for; 0: no limit.
             memory: bytes that an auxiliary network may hold, in multiples of the model's largest boundary. With 2, it
@@ -96,8 +96,9 @@ class GLCAN(Rule):
                 are read as well, if the narrowest network that does costs no more than four shares. The planner does
                 not know of their cost when it chooses the cuts.
             long_end: units of the last block, which learns as in end-to-end training, are recomputed so that it can be
-                longer within the memory of the other blocks, up to this share of the model's FLOPs; 0: not; none: the
-                task's own default, 0.4 for super-resolution, 0.1 for detection, 0 for classification.
+                longer within the memory of the other blocks, up to this share of FLOPs beyond those of end-to-end
+                training, the auxiliary networks' included; 0: not; none: the task's own default, 0.14 for
+                super-resolution, 0.095 for detection, 0 for classification.
         """
 
         budget: float | None = None
@@ -209,14 +210,12 @@ class GLCAN(Rule):
         feature = site.trunk
         image = site.profile.image or feature.grid
         scale = max(1, round(task.scale * image[0] / feature.grid[0]))
-        channels, local, context = feature.channels, self.config.use_local, 0
-        if self.config.use_global and self.config.width is not None:
-            context = max(8, 8 * round(self.config.width * channels / 8))
-        elif self.config.use_global:
-            each = self._share(site) / (site.profile.batch * math.prod(feature.grid))
-            context = fit_context(channels, task.channels, scale, local, each)
-        width = min(channels, _WIDEST) if local else 0
-        return SuperResolutionAuxiliary(site.main, feature, task.channels, scale, width, context)
+        local, wide = self.config.use_local, self.config.use_global
+        each = self._share(site) / (site.profile.batch * math.prod(feature.grid))
+        kernel, context = fit(feature.channels, task.channels, scale, local, wide, each)
+        if wide and self.config.width is not None:
+            context = max(8, 8 * round(self.config.width * feature.channels / 8))
+        return SuperResolutionAuxiliary(site.main, feature, task.channels, scale, _WIDEST, kernel, context)
 
     def _classification(self, site: Site, task: Classification) -> nn.Module:
         assert task.classes is not None

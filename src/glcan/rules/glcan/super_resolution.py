@@ -31,45 +31,55 @@ REDUCTION = 4
 """How much smaller than the features the global branch's map is, along each side."""
 
 
-def auxiliary_flops(channels: int, colours: int, scale: int, local: bool, context: int) -> float:
+def auxiliary_flops(channels: int, colours: int, scale: int, kernel: int, context: int) -> float:
     """Forward FLOPs of `SuperResolutionAuxiliary` for each pixel of the features."""
     outputs = colours * scale**2
-    flops = 2.0 * 5 * 5 * channels * outputs if local else 0.0
+    flops = 2.0 * (kernel + 2) ** 2 * channels * outputs if kernel else 0.0
     if context:
         flops += 2 * 9 * (channels * context + context * context + context * outputs) / REDUCTION**2
     return flops
 
 
-def fit_context(channels: int, colours: int, scale: int, local: bool, flops: float) -> int:
-    """Channels of the global branch within so many FLOPs per pixel of the features: a multiple of 8, at least 8."""
-    widths = range(8, channels + 1, 8)
-    return max((n for n in widths if auxiliary_flops(channels, colours, scale, local, n) <= flops), default=8)
+def fit(channels: int, colours: int, scale: int, local: bool, context: bool, flops: float) -> tuple[int, int]:
+    """(kernel, context) within so many FLOPs per pixel of the features; 0 for a branch that is not there.
+
+    The side of the local branch's first convolution, 3 or else 1; and then the channels of the global branch, a
+    multiple of 8 from 8 to as many as the features have.
+    """
+    least = 8 if context else 0
+    kernel = 0
+    if local:
+        kernel = 3 if auxiliary_flops(channels, colours, scale, 3, least) <= flops else 1
+    widths = range(least, channels + 1, 8) if context else ()
+    fitting = (n for n in widths if auxiliary_flops(channels, colours, scale, kernel, n) <= flops)
+    return kernel, max(fitting, default=least)
 
 
 class FoldedEnd(nn.Module):
     """Features [B, C, h, w] -> [B, colours * s * s, h, w]: convolution, sub-pixel shuffle and convolution, as one.
 
-    The weights of both convolutions are learned, but multiplied into one 5x5 kernel before the features see them, as
-    SESR does (Bhardwaj et al. 2022, arXiv 2103.09404, section 3.2; there without a shuffle in between): the same
-    function and gradient, but at the border of the image, for a fraction of the FLOPs.
+    The weights of both convolutions are learned, but multiplied into one kernel, two pixels wider than the first one's,
+    before the features see them, as SESR does (Bhardwaj et al. 2022, arXiv 2103.09404, section 3.2; there without a
+    shuffle in between): the same function and gradient, but at the border of the image, for a fraction of the FLOPs.
 
     Args:
         channels: C.
         width: n, of the map at full resolution, which is never made.
         colours, scale: of the images.
+        kernel: side of the first convolution, 3 or 1; the second one's is 3.
     """
 
-    def __init__(self, channels: int, width: int, colours: int, scale: int) -> None:
+    def __init__(self, channels: int, width: int, colours: int, scale: int, kernel: int) -> None:
         super().__init__()
         self.scale = scale
-        self.expand = nn.Conv2d(channels, width * scale**2, 3, bias=False)
+        self.expand = nn.Conv2d(channels, width * scale**2, kernel, bias=False)
         self.image = nn.Conv2d(width, colours, 3)
 
     def kernel(self) -> Tensor:
-        """[colours * s * s, C, 5, 5]."""
+        """[colours * s * s, C, k + 2, k + 2]."""
         s = self.scale
         with torch.autocast(self.expand.weight.device.type, enabled=False):
-            # The two convolutions' answer to an impulse in each channel: of 3x3 pixels, then 5x5.
+            # The two convolutions' answer to an impulse in each channel: of k x k pixels, then two more.
             impulses = F.pixel_shuffle(self.expand.weight.flip(2, 3).transpose(0, 1), s)
             answers = F.conv2d(impulses, self.image.weight, padding=s + 1)
             return F.pixel_unshuffle(answers, s).transpose(0, 1).flip(2, 3)
@@ -78,7 +88,8 @@ class FoldedEnd(nn.Module):
         """``size``: the features are divided by it first."""
         assert self.image.bias is not None
         bias = self.image.bias.repeat_interleave(self.scale**2)
-        return F.conv2d(features, self.kernel() / size, bias, padding=2)
+        kernel = self.kernel() / size
+        return F.conv2d(features, kernel, bias, padding=kernel.shape[-1] // 2)
 
 
 class SuperResolutionAuxiliary(nn.Module):
@@ -89,11 +100,14 @@ class SuperResolutionAuxiliary(nn.Module):
         feature: of that tensor.
         colours: of the images.
         scale: from the features to the high-resolution image; 1 behind the model's own upsampler.
-        width: n of the local branch, 0 for none.
+        width: n of the local branch, at most.
+        kernel: side of its first convolution, 3 or 1; 0 for no local branch.
         context: channels of the global branch, 0 for none.
     """
 
-    def __init__(self, main: int, feature: Feature, colours: int, scale: int, width: int, context: int) -> None:
+    def __init__(
+        self, main: int, feature: Feature, colours: int, scale: int, width: int, kernel: int, context: int
+    ) -> None:
         super().__init__()
         self.main, self.feature, self.scale = main, feature, scale
         self.size: Tensor
@@ -101,7 +115,7 @@ class SuperResolutionAuxiliary(nn.Module):
         self.register_buffer("size", torch.zeros(()))  # root mean square of the features; 0 before the first batch
         self.register_buffer("mean", torch.zeros(colours, 1, 1))
         channels = feature.channels
-        self.end = FoldedEnd(channels, width, colours, scale) if width else None
+        self.end = FoldedEnd(channels, min(width, channels), colours, scale, kernel) if kernel else None
         self.context = (
             nn.Sequential(
                 nn.Conv2d(channels, context, 3, padding=1),
