@@ -44,6 +44,7 @@ from torch import Tensor, nn
 from glcan import LocalLearner, measure_step, rules
 from glcan.data.sets import SETS
 from glcan.errors import GlcanError
+from glcan.report.costs import FINISH as LAST
 from glcan.report.costs import averaged, phases
 from glcan.report.plots import COLOURS, MARKERS
 from glcan.sizes import format_bytes, format_scaled
@@ -257,12 +258,18 @@ def run(job: Job, threads: int) -> str:
         shares = phases(job.config, learner.plan.blocks)
         costs = {}
         for phase in shares:
-            if phase == "finish":
+            if phase == LAST:
                 del learner
                 gc.collect()
-                change = {"rule": "checkpoint", "rule_options": {}, "blocks": None, "finish": 0.0, "finish_lr": None}
+                change: dict[str, Any] = {
+                    "rule": "checkpoint",
+                    "rule_options": {},
+                    "blocks": None,
+                    "finish": 0.0,
+                    "finish_lr": None,
+                }
                 learner = build(RunConfig(**(job.config.model_dump() | change)), data)
-            learner.frozen = learner.plan.blocks - 1 if phase == "frozen" else 0
+            learner.frozen = max(0, phase)
             costs[phase] = measure_step(learner.train(), *batch)
         cost = averaged(costs, shares)
     except GlcanError as error:

@@ -16,7 +16,7 @@ from tests.zoo import Residual, Small, assert_equal, gradients
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
-from glcan import LiveMemory, LocalLearner
+from glcan import LiveMemory, LocalLearner, measure_step
 from glcan.errors import CheckpointError, ConfigError, CutError, DataError, UnknownName
 from glcan.models import create
 from glcan.tasks import Classification
@@ -281,6 +281,46 @@ def test_freezing_afterwards_is_told() -> None:
     learner = LocalLearner(built(Small), sample=TINY, cuts=["b", "c"])
     learner.model.b.requires_grad_(False)
     with pytest.raises(ConfigError, match="frozen or thawed"):
+        learner.backward(*TINY)
+
+
+@pytest.mark.parametrize("name", ["small", "dropout", "tied", "cifar_resnet20", "vit"])
+def test_frozen_blocks_only_run_forward(name: str) -> None:
+    """The others get the very same gradients, and parameters that are used in both kinds those of the others."""
+    build, sample = MODELS[name]
+    learners = [LocalLearner(built(build), sample=sample, blocks=3, optimizer=MOMENTUM) for _ in range(2)]
+    plain, mine = learners
+    mine.auxiliary.load_state_dict(plain.auxiliary.state_dict())
+    mine.frozen = 1
+    losses = []
+    for learner in learners:
+        torch.manual_seed(3)
+        losses.append(learner.backward(*sample))
+    assert list(losses[1]) == ["block2", "block3"]
+    assert all(torch.equal(loss, losses[0][key]) for key, loss in losses[1].items())
+    assert torch.is_grad_enabled()
+    own = [len(learner._own[0]) for learner in learners]
+    assert own[0] == own[1] > 0
+    assert all(p.grad is None for p in mine._own[0])
+    for k in (1, 2):
+        for one, other in zip(plain._own[k], mine._own[k], strict=True):
+            assert torch.equal(one.grad, other.grad)
+    assert all(p.grad is not None for p in mine._shared)
+
+    mine.frozen = 0
+    costs = []
+    for frozen in range(3):
+        mine.frozen = frozen
+        costs.append(measure_step(mine, *sample))
+    assert costs[0].flops > costs[1].flops > costs[2].flops
+    assert costs[0].activation_peak_bytes >= costs[1].activation_peak_bytes >= costs[2].activation_peak_bytes
+
+
+@pytest.mark.parametrize("frozen", [-1, 2])
+def test_the_last_block_is_never_frozen(frozen: int) -> None:
+    learner = LocalLearner(Small(), sample=TINY, blocks=2)
+    learner.frozen = frozen
+    with pytest.raises(ConfigError, match=f"frozen is {frozen}, but of 2 blocks 0 to 1 can be frozen"):
         learner.backward(*TINY)
 
 
@@ -568,7 +608,7 @@ def test_recomputation_inside_blocks_changes_no_bit(blocks: int, recompute: Any)
 def test_recomputation_is_for_blocks_that_exist() -> None:
     model = create("cifar_resnet20", num_classes=10)
     batch = torch.randn(6, 3, 32, 32), torch.arange(6)
-    with pytest.raises(UnknownName, match="block to recompute 'block9'"):
+    with pytest.raises(UnknownName, match="block or unit to recompute 'block9'"):
         LocalLearner(model, sample=batch, blocks=3, recompute=["block9"])
     with pytest.raises(ConfigError, match="choose the baseline 'checkpoint'"):
         LocalLearner(model, sample=batch, rule="e2e", recompute=True)

@@ -35,6 +35,7 @@ from glcan.errors import CutError, UnknownName
 __all__ = ["Boundary", "Isolation", "leaked_parameters", "tensors_in"]
 
 _TAG = "_glcan_tag"
+_CALL = 32  # bits of a tensor's number for its place after a unit's call
 # The properties of a tensor that give a differentiable tensor; every other one (shape, dtype, ...) is left alone.
 _TENSOR_PROPERTIES = frozenset(getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "real", "imag"))
 
@@ -169,6 +170,7 @@ class Isolation(TorchFunctionMode):
         self.block = 0
         self._run = object()
         self._number = 0
+        self._calls = 0  # of units
         self._replaying = False
         self._inside = 0  # depth of units in which the mode could not be taken off the stack
         self._ran: dict[str, set[int]] = defaultdict(set)  # the blocks that each unit ran in
@@ -311,6 +313,11 @@ class Isolation(TorchFunctionMode):
         with self.suspended():
             args, kwargs = self._incoming((args, kwargs))
             out = forward(*args, **kwargs)
+            if not self._replaying:
+                # Numbers begin anew with each call: how many there were before may depend on the batch (a detector's
+                # transform gives a tensor for each image).
+                self._calls += 1
+                self._number = self._calls << _CALL
             self._outgoing(out)
         return out
 

@@ -208,7 +208,7 @@ class LocalLearner:
                 cost = estimate.block_bytes
                 most = self.rule.long_end(self.task)
                 if most and not recompute:
-                    cuts, recompute = longest_end(self.profile, blocks, cost, estimate.end, estimate.extra_flops, most)
+                    cuts, recompute = longest_end(self.profile, blocks, cost, estimate.end, most)
                     blocks = None
             return make_plan(self.profile, blocks=blocks, cuts=cuts, cost=cost, recompute=recompute)
         if recompute:

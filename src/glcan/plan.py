@@ -29,7 +29,7 @@ BlockCost = Callable[[int, int], int]
 
 
 # How much larger than the largest of even blocks those with a long last one may be.
-_SLACK = 1.1
+_SLACK = 1.125
 _TOGETHER = "+"
 
 
@@ -208,7 +208,6 @@ def longest_end(
     blocks: int,
     cost: BlockCost,
     end: Callable[[int, int, float], tuple[int, list[tuple[int, int]]]],
-    extra: BlockCost,
     most: float,
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Cuts that make the last block as long as the memory allows, and what to recompute of it for that.
@@ -220,8 +219,7 @@ def longest_end(
         profile, blocks, cost: as `choose_cuts` takes them.
         end: what the last block costs, by the place where it begins, the place up to which its activations are
             recomputed and the bound on that cost; and the places where each segment of that begins and ends.
-        extra: FLOPs of a block beyond its share of end-to-end training, recomputation aside.
-        most: FLOPs of a step beyond those of end-to-end training, as a share of these, that recomputing may lead to.
+        most: forward FLOPs of what may be recomputed, as a share of the model's.
     """
     places = cut_places(profile)
     count, allowed = len(places) - 1, _trainable(profile)
@@ -231,16 +229,14 @@ def longest_end(
     runs = [profile.units[a:b] for a, b in itertools.pairwise(places)]
     flops = [sum(unit.flops for unit in run) for run in runs]
     parted = [any(unit.name in profile.parted for unit in run) for run in runs]
-    computed_twice = sum(unit.flops for unit in profile.units if unit.name in profile.parted)
     for last in range(blocks - 1, begins[-1]):
         try:
             _, found = _cheapest(last, blocks - 1, cost, lambda joined, block: joined + block**2, allowed, bound)
         except KeyError:
             continue
         begins = [*found, last]
-        spent = computed_twice + sum(extra(i, j) for i, j in itertools.pairwise([*begins, count]))
         stop = last
-        while stop < count and not parted[stop] and spent + sum(flops[last : stop + 1]) <= 3 * most * profile.flops:
+        while stop < count and not parted[stop] and sum(flops[last : stop + 1]) <= most * profile.flops:
             stop += 1
         if not allowed(last, count) or end(last, stop, bound)[0] > bound:
             continue

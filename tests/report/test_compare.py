@@ -210,6 +210,23 @@ def test_own_cuts_go_to_the_rule_that_has_as_many_blocks():
     assert (configs[methods[1]].cuts, configs[methods[1]].blocks) == (["layer2.0"], 2)
 
 
+def test_frozen_blocks_cost_less(tmp_path):
+    done = compare(tiny(epochs=1, limit=128, freeze=0.5), ["e2e", "glcan:3"], [0], tmp_path, progress=False)
+    plain = compare(tiny(epochs=1, limit=128), ["e2e", "glcan:3"], [0], tmp_path / "plain", progress=False)
+    for one, other in zip(done["methods"], plain["methods"], strict=True):
+        assert one["activation_peak_bytes"] == other["activation_peak_bytes"]
+    assert done["methods"][0]["flops_per_step"] == plain["methods"][0]["flops_per_step"]
+    assert done["methods"][1]["flops_per_step"] < 0.9 * plain["methods"][1]["flops_per_step"]
+
+
+def test_the_kinds_of_steps_and_their_shares():
+    config = tiny(freeze=0.5)
+    assert costs.phases(config, 1) == {0: 1}
+    assert costs.phases(config, 3) == {0: 0.5, 1: 0.25, 2: 0.25}
+    assert costs.phases(tiny(), 3) == {0: 1}
+    assert costs.phases(tiny(freeze=0.5, finish=0.5), 2) == {0: 0.25, 1: 0.25, costs.FINISH: 0.5}
+
+
 def test_every_learner_takes_its_turn_in_each_round():
     order = []
 

@@ -9,7 +9,7 @@ import torch
 from glcan.errors import ConfigError, UnknownName
 from glcan.training import RunConfig, load_recipe, recipe_names
 from glcan.training.config import recipe_folder
-from glcan.training.schedule import learning_rate, local_steps
+from glcan.training.schedule import frozen_blocks, learning_rate, local_steps, schedule_share
 
 
 @pytest.mark.parametrize(
@@ -170,6 +170,18 @@ def test_halving_at_the_milestones():
     assert values == [0.4] * 35 + [0.2] * 21 + [0.1] * 14
     assert rates(schedule="halving") == [0.4] * 47 + [0.2] * 23
     assert rates(schedule="halving", warmup_epochs=1)[:8] == pytest.approx([0.4 * i / 8 for i in range(1, 8)] + [0.4])
+
+
+def test_blocks_freeze_one_after_the_other():
+    config = RunConfig(epochs=10, freeze=0.5)
+    assert [schedule_share(config, block, 3) for block in range(4)] == [0.5, 0.75, 1, 1]
+    assert schedule_share(config, 0, 1) == 1  # end-to-end training
+    frozen = [frozen_blocks(config, step, 8, 3) for step in range(80)]
+    assert frozen == [0] * 40 + [1] * 20 + [2] * 20
+    assert not any(frozen_blocks(RunConfig(epochs=10), step, 8, 3) for step in range(80))
+    assert not any(frozen_blocks(config, step, 8, 1) for step in range(80))
+    finished = RunConfig(epochs=10, freeze=0.5, finish=0.2)  # 64 steps before the finish
+    assert [frozen_blocks(finished, step, 8, 2) for step in range(64)] == [0] * 32 + [1] * 32
 
 
 def test_the_finish_has_one_cycle_of_its_own():

@@ -19,6 +19,7 @@ SETTINGS = [
     pytest.param({"rule_options": MOMENTUM, "precision": "bf16", "clip_norm": 1.0}, id="glcan-momentum-bf16"),
     pytest.param({"rule": "e2e", "optimizer": "adamw", "lr": 1e-3, "schedule": "onecycle"}, id="e2e-adamw-onecycle"),
     pytest.param({"rule": "checkpoint", "channels_last": True}, id="checkpoint-nhwc"),
+    pytest.param({"freeze": 0.5, "blocks": 3}, id="a-block-freezes-before-the-stop"),
     pytest.param({"finish": 0.44}, id="finish-begins-at-the-stop"),
     pytest.param({"finish": 0.5, "optimizer": "adam", "lr": 1e-3}, id="finish-begins-before-the-stop"),
 ]

@@ -100,6 +100,22 @@ def test_build_begins_with_the_weights_of_the_seed_for_every_rule(tiny):
     assert any(not torch.equal(tensor, other[name]) for name, tensor in states[0].items())
 
 
+def test_frozen_blocks_keep_their_weights(tiny, tmp_path):
+    """Blocks that ran through their schedule in one of two epochs, 3 steps each, stay as they are."""
+    whole = train(tiny(epochs=2, freeze=0.5), tmp_path / "two", progress=False)
+    train(tiny(epochs=1), tmp_path / "one", progress=False)
+    losses = [record["train_loss"] for record in read_metrics(tmp_path / "two")]
+    assert [list(each) for each in losses] == [["block1", "block2"], ["block2"]]
+    one, two = (load_model(tmp_path / name) for name in ("one", "two"))
+    cut = whole.cuts[0]
+    names = [name for name, _ in two.named_parameters()]
+    first = names[: next(i for i, name in enumerate(names) if name.startswith(cut))]
+    warm = learning_rate(tiny(epochs=1), 0, 3) == learning_rate(tiny(epochs=2, freeze=0.5), 0, 3)
+    assert warm  # so that both runs are the same up to there
+    assert all(torch.equal(one.get_parameter(name), two.get_parameter(name)) for name in first)
+    assert any(not torch.equal(one.get_parameter(name), two.get_parameter(name)) for name in names[len(first) :])
+
+
 def test_the_finish_trains_the_whole_model_with_a_new_optimizer(tiny, tmp_path):
     config = tiny(finish=1 / 3, finish_lr=0.02)
     summary = train(config, tmp_path / "finish", progress=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from glcan.isolation import tensors_in
+from glcan.training.schedule import schedule_share
 
 if TYPE_CHECKING:
     from glcan.learner import LocalLearner
@@ -43,18 +45,21 @@ def time_steps(learners: Mapping[Any, LocalLearner], batch: tuple[Any, ...]) -> 
     return seconds
 
 
-def phases(config: RunConfig, blocks: int) -> dict[str, float]:
-    """The kinds of steps of a run of so many blocks, and the share of the steps that each has.
+FINISH = -1
 
-    "learning": all blocks learn; "frozen": the last one alone; "finish": the whole model, with checkpointing.
+
+def phases(config: RunConfig, blocks: int) -> dict[int, float]:
+    """The kinds of steps of a run of so many blocks, by the number of frozen blocks, and the share of steps of each.
+
+    `FINISH` stands for the finish: the whole model, with checkpointing.
     """
-    local = 1 - config.finish
-    learning = local * (config.freeze if blocks > 1 else 1)
-    shares = {"learning": learning, "frozen": local - learning, "finish": config.finish}
-    return {phase: share for phase, share in shares.items() if share}
+    ends = [schedule_share(config, block, blocks) for block in range(blocks - 1)]
+    bounds = itertools.pairwise([0.0, *ends, 1.0])
+    shares = {frozen: (1 - config.finish) * (end - start) for frozen, (start, end) in enumerate(bounds)}
+    return {phase: share for phase, share in {**shares, FINISH: config.finish}.items() if share > 0}
 
 
-def averaged(costs: Mapping[str, StepCost], shares: Mapping[str, float]) -> StepCost:
+def averaged(costs: Mapping[int, StepCost], shares: Mapping[int, float]) -> StepCost:
     """The cost of a step on average over a run: the largest peaks, and the mean FLOPs.
 
     Args:

@@ -132,7 +132,7 @@ class Rule(ABC):
         return contextlib.nullcontext()
 
     def long_end(self, task: Task) -> float:
-        """FLOPs beyond end-to-end training's for which the last block is made longer; see `glcan.plan.longest_end`."""
+        """What may be recomputed so that the last block can be longer; see `most` of `glcan.plan.longest_end`."""
         return 0.0
 
     def before_pass(self, auxiliary: nn.ModuleDict, model: nn.Module) -> None:

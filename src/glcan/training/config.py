@@ -32,6 +32,7 @@ TASK_DEFAULTS: dict[str, dict[str, Any]] = {
         "optimizer": "adam",
         "lr": 1e-3,
         "weight_decay": 0.0,
+        "freeze": 0.5,
     },
     "detection": {
         "model": "fcos_small",
@@ -141,8 +142,9 @@ class RunConfig(BaseModel):
     clip_norm: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """Largest gradient norm of a block, larger ones are scaled down; default: no limit."""
     freeze: float = Field(default=1.0, gt=0, le=1)
-    """Share of the steps in which the blocks before the last one run through the whole schedule; after that they are
-    frozen and only run forward, while the last block goes on learning; 1: they learn to the end."""
+    """Share of the steps in which the first block runs through the whole schedule; the others take more, evenly, and
+    the last one all. Then a block is frozen and only runs forward, so that those behind it learn from features that
+    stand still. 1: all blocks learn to the end."""
     finish: float = Field(default=0.0, ge=0, le=0.5)
     """Share of the steps, at the end, that train the whole model at once with activation checkpointing; 0 for none."""
     finish_lr: float | None = Field(default=None, gt=0, allow_inf_nan=False)

@@ -25,18 +25,19 @@ def local_steps(config: RunConfig, steps_per_epoch: int) -> int:
     return max(1, min(total - 1, round(total * (1 - config.finish)))) if config.finish else total
 
 
-def frozen(config: RunConfig, step: int, steps_per_epoch: int) -> bool:
-    """Whether the blocks before the last one have come to the end of their schedule."""
-    return step >= config.freeze * local_steps(config, steps_per_epoch)
+def schedule_share(config: RunConfig, block: int, blocks: int) -> float:
+    """The share of the steps before the finish in which a block, counted from 0, runs through the whole schedule.
 
-
-def block_learning_rate(config: RunConfig, step: int, steps_per_epoch: int) -> float:
-    """Learning rate of a block before the last one: the whole schedule, in the share of the steps that `freeze` says.
-
-    Early layers that come to rest before later ones do so in FreezeOut (Brock et al. 2017, arXiv 1706.04983), where
-    the learning rates of single layers end one after the other; here they are those of the blocks, all at once.
+    From `RunConfig.freeze` of the first block to 1 of the last one, evenly, as the layers of FreezeOut (Brock et al.
+    2017, arXiv 1706.04983) come to rest one after the other.
     """
-    return learning_rate(config, step / config.freeze, steps_per_epoch)
+    return config.freeze + (1 - config.freeze) * block / (blocks - 1) if block < blocks - 1 else 1.0
+
+
+def frozen_blocks(config: RunConfig, step: int, steps_per_epoch: int, blocks: int) -> int:
+    """How many blocks, from the first one on, have come to the end of their schedule."""
+    total = local_steps(config, steps_per_epoch)
+    return sum(step >= total * schedule_share(config, block, blocks) for block in range(blocks - 1))
 
 
 def learning_rate(config: RunConfig, step: float, steps_per_epoch: int) -> float:

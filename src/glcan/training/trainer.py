@@ -28,7 +28,7 @@ from glcan.training.environment import environment, resolve_device
 from glcan.training.evaluation import MEASURES, evaluate
 from glcan.training.progress import Reporter
 from glcan.training.run import Metric, RunDirectory, Summary, write_json
-from glcan.training.schedule import block_learning_rate, frozen, learning_rate, local_steps
+from glcan.training.schedule import frozen_blocks, learning_rate, local_steps, schedule_share
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -361,15 +361,16 @@ class _Training:
         state.epoch_seconds += time.monotonic() - began
 
     def _set_rates(self) -> None:
-        """The learning rates of the step to come, and whether the blocks before the last one still learn."""
-        config, learner, now = self.config, self.learner, (self.state.step, self.steps_per_epoch)
-        before = learner.plan.blocks - 1
-        learner.frozen = before if frozen(config, *now) else 0
-        rate = learning_rate(config, *now)
-        early = 0.0 if learner.frozen else block_learning_rate(config, *now)
+        """The learning rates of the step to come, and which blocks have come to the end of theirs."""
+        config, learner, step = self.config, self.learner, self.state.step
+        blocks = learner.plan.blocks
+        learner.frozen = frozen_blocks(config, step, self.steps_per_epoch, blocks)
         for block, optimizer in learner.optimizer_of.items():
-            for group in optimizer.param_groups:
-                group["lr"] = early if block < before else rate
+            if block >= learner.frozen:
+                share = schedule_share(config, block, blocks)
+                rate = learning_rate(config, step / share, self.steps_per_epoch)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
 
     def _begin_finish(self) -> None:
         """From here on, the same model is trained end to end, with checkpointing and a new optimizer."""

@@ -48,7 +48,7 @@ from glcan.tasks.detection import Detection
 from glcan.tasks.super_resolution import SuperResolution
 
 _BUDGETS = {"classification": 0.07, "super-resolution": 0.045, "detection": 0.09}
-_LONG_ENDS = {"classification": 0.0, "super-resolution": 0.14, "detection": 0.095}
+_LONG_ENDS = {"classification": 0.0, "super-resolution": 0.32, "detection": 0.08}
 _UNIT_SHARES = {"classification": 0.6, "super-resolution": 0.3, "detection": 0.0}
 # Classification with light units, and super-resolution: how far networks of the same structure are drawn together.
 _COUPLING = 0.1
@@ -96,9 +96,8 @@ class GLCAN(Rule):
                 are read as well, if the narrowest network that does costs no more than four shares. The planner does
                 not know of their cost when it chooses the cuts.
             long_end: units of the last block, which learns as in end-to-end training, are recomputed so that it can be
-                longer within the memory of the other blocks, up to this share of FLOPs beyond those of end-to-end
-                training, the auxiliary networks' included; 0: not; none: the task's own default, 0.14 for
-                super-resolution, 0.095 for detection, 0 for classification.
+                longer within the memory of the other blocks, up to this share of the model's forward FLOPs; 0: not;
+                none: the task's own default, 0.32 for super-resolution, 0.08 for detection, 0 for classification.
         """
 
         budget: float | None = None
