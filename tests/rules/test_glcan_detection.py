@@ -242,3 +242,15 @@ def test_what_it_does_not_serve_is_refused() -> None:
         total_classes(nn.Linear(1, 1))
     with pytest.raises(ConfigError, match=r"dgl.budget is 0"):
         LocalLearner(detector("fcos_small"), "detection", batch(), cuts=CUTS, rule="dgl", rule_options={"budget": 0})
+
+
+def test_maps_that_pass_by_are_found_in_batches_of_any_size() -> None:
+    """The transform gives tensors for each image, so what comes after them must not be known by its number alone."""
+    images, targets = batch()
+    learner = LocalLearner(detector("fcos_small"), "detection", (images, targets), cuts=["backbone.body.layer2.1"])
+    (network,) = networks(learner)
+    assert len(network.read) == 2  # the map of stride 4 goes straight to the pyramid
+    for count in (1, 3):
+        losses = learner.backward((images * 2)[:count], (targets * 2)[:count])
+        assert all(torch.isfinite(loss) for loss in losses.values())
+    assert all(layer.weight.grad is not None for layer in network.lateral)
