@@ -85,7 +85,7 @@ def test_the_last_block_is_as_long_as_the_memory_allows(saved: list[int], most: 
         return max(sum(saved[stop:]), *saved[i:stop], 0), [(k, k + 1) for k in range(i, stop)]
 
     short = [0, *(profile.unit(cut).index for cut in choose_cuts(profile, blocks, cost))]
-    bound = 1.1 * max(cost(i, j) for i, j in itertools.pairwise([*short, count]))
+    bound = 1.125 * max(cost(i, j) for i, j in itertools.pairwise([*short, count]))
     cuts, names = longest_end(profile, blocks, cost, end, most)
     begins = [0, *(profile.unit(cut).index for cut in cuts)]
     stop = begins[-1] + len(names)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -408,7 +408,6 @@ class LocalLearner:
         def at_cut(boundary: Boundary) -> None:
             name = self.names[boundary.block]
             if boundary.block < self.frozen:
-                torch.set_grad_enabled(boundary.block + 1 == self.frozen)  # until the context below is left
                 return
             if len(boundary.entering) != len(self._entering(boundary.block)):
                 raise ConfigError(
@@ -431,9 +430,12 @@ class LocalLearner:
             in_parts(self.model, self.profile.parted if last else ()),
             isolation if last else contextlib.nullcontext(),
             forward,
-            torch.no_grad() if self.frozen else contextlib.nullcontext(),
         ):
-            with self.rule.running(self.model, self.profile), checkpointed(self.model, self._recomputed):
+            with (
+                self.rule.running(self.model, self.profile),
+                checkpointed(self.model, self._recomputed),
+                self._frozen_forward(),
+            ):
                 loss = self.task.loss(self.model(*args, **kwargs), batch)
             if last and isolation.block != last:
                 raise CutError(
@@ -444,6 +446,32 @@ class LocalLearner:
                 backward(loss)
                 done(last, loss.detach())
         return losses
+
+    @contextlib.contextmanager
+    def _frozen_forward(self) -> Iterator[None]:
+        """While this is open, nothing is kept for a backward pass before the first block that is not frozen begins.
+
+        Outside of checkpointing, which looks at the mode before the unit runs.
+        """
+        if not self.frozen:
+            yield
+            return
+        module = self.model.get_submodule(self.plan.cuts[self.frozen - 1])
+        own, forward = module.__dict__.get("forward"), module.forward
+
+        def begin(*args: Any, **kwargs: Any) -> Any:
+            torch.set_grad_enabled(True)
+            return forward(*args, **kwargs)
+
+        with torch.no_grad():
+            module.__dict__["forward"] = begin
+            try:
+                yield
+            finally:
+                if own is None:
+                    del module.__dict__["forward"]
+                else:
+                    module.__dict__["forward"] = own
 
     def _local_backward(self, boundary: Boundary, batch: tuple[Any, ...], backward: Callable[[Tensor], None]) -> Tensor:
         """A block's local loss, detached, after its backward pass."""

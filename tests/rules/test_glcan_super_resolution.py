@@ -80,7 +80,7 @@ def test_the_folded_end_is_two_convolutions(scale: int, kernel: int) -> None:
         assert torch.allclose(mine, theirs, rtol=1e-9, atol=1e-12)
 
 
-def test_the_last_block_is_long_for_no_more_memory() -> None:
+def test_the_last_block_is_long_for_little_more_memory() -> None:
     low = torch.rand(16, 3, 24, 24)
     sample = (low, torch.rand(16, 3, 48, 48))
     torch.manual_seed(0)
@@ -93,8 +93,8 @@ def test_the_last_block_is_long_for_no_more_memory() -> None:
     last = {unit.name for unit in long.plan.units[-1]}
     assert all(last.issuperset(names) for names in long.plan.recomputed_units)
     assert len(long.plan.units[-1]) > len(short.plan.units[-1])
-    assert long.cost.activation_peak_bytes < 1.1 * short.cost.activation_peak_bytes
-    assert short.cost.flops < long.cost.flops < 1.16 * e2e.flops
+    assert long.cost.activation_peak_bytes < 1.2 * short.cost.activation_peak_bytes
+    assert short.cost.flops < long.cost.flops < short.cost.flops + (0.32 / 3 + 0.02) * e2e.flops
 
 
 def test_recomputed_units_change_no_gradient() -> None:
@@ -118,6 +118,18 @@ def test_recomputed_units_change_no_gradient() -> None:
         assert mine.grad is not None
         assert other.grad is not None
         assert torch.allclose(mine.grad, other.grad, rtol=1e-10, atol=1e-14)
+
+
+def test_units_are_recomputed_behind_frozen_blocks_too() -> None:
+    sample = batch(12)
+    mine = learner(network(), sample, long_end=1.0)
+    assert mine.plan.recompute
+    costs = []
+    for frozen in range(3):
+        mine.frozen = frozen
+        costs.append(glcan.measure_step(mine, *sample))
+    assert costs[0].activation_peak_bytes >= costs[1].activation_peak_bytes >= costs[2].activation_peak_bytes
+    assert "forward" not in mine.model.get_submodule(mine.plan.cuts[0]).__dict__
 
 
 def test_the_scale_of_the_features_does_not_matter() -> None:
