@@ -184,6 +184,14 @@ def test_blocks_freeze_one_after_the_other():
     assert [frozen_blocks(finished, step, 8, 2) for step in range(64)] == [0] * 32 + [1] * 32
 
 
+@pytest.mark.parametrize("freeze", [0.1, 0.3, 0.55, 0.7, 0.9])
+def test_a_block_that_is_not_frozen_has_a_learning_rate(freeze):
+    config = RunConfig(epochs=10, freeze=freeze)
+    for step, block in itertools.product(range(100), range(6)):
+        if block >= frozen_blocks(config, step, 10, 6):
+            assert learning_rate(config, step / schedule_share(config, block, 6), 10) > 0
+
+
 def test_the_finish_has_one_cycle_of_its_own():
     values = rates(finish=0.2, warmup_epochs=0)
     shorter = [learning_rate(RunConfig(epochs=8, lr=0.4, warmup_epochs=0), step, 7) for step in range(56)]

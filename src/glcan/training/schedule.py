@@ -37,7 +37,7 @@ def schedule_share(config: RunConfig, block: int, blocks: int) -> float:
 def frozen_blocks(config: RunConfig, step: int, steps_per_epoch: int, blocks: int) -> int:
     """How many blocks, from the first one on, have come to the end of their schedule."""
     total = local_steps(config, steps_per_epoch)
-    return sum(step >= total * schedule_share(config, block, blocks) for block in range(blocks - 1))
+    return sum(step / schedule_share(config, block, blocks) >= total for block in range(blocks - 1))
 
 
 def learning_rate(config: RunConfig, step: float, steps_per_epoch: int) -> float:
