@@ -25,9 +25,10 @@ import torch
 from glcan.errors import GlcanError
 from glcan.report import compare, train_run
 from glcan.training import RunConfig, load_recipe
+from glcan.training.run import write_json
 
 RESULTS = Path(__file__).parent / "results"
-FILES = ("comparison.json", "comparison.md", "metric_over_epochs.png", "metric_against_cost.png")
+FILES = ("comparison.md", "metric_over_epochs.png", "metric_against_cost.png")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,13 +89,15 @@ def main() -> None:
             torch.set_num_threads(1)
             train_run(config, methods, seeds, out, method=method, seed=int(seed), progress=False)
             return
-        compare(config, methods, seeds, out, share_exact=options.share_exact)
+        comparison = compare(config, methods, seeds, out, share_exact=options.share_exact)
     except GlcanError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
     results.mkdir(parents=True, exist_ok=True)
     for name in FILES:
         shutil.copyfile(out / name, results / name)
+    comparison["config"]["data_root"] = None  # of this machine
+    write_json(results / "comparison.json", comparison)
     print(f"copied to {results}")
 
 
