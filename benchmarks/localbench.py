@@ -45,7 +45,7 @@ from glcan import LocalLearner, measure_step, rules
 from glcan.data.sets import SETS
 from glcan.errors import GlcanError
 from glcan.report.costs import FINISH as LAST
-from glcan.report.costs import averaged, phases
+from glcan.report.costs import averaged, config_of, phases
 from glcan.report.plots import COLOURS, MARKERS
 from glcan.sizes import format_bytes, format_scaled
 from glcan.training import MEASURES, RunConfig, build, environment, load_data, load_model, train
@@ -261,14 +261,7 @@ def run(job: Job, threads: int) -> str:
             if phase == LAST:
                 del learner
                 gc.collect()
-                change: dict[str, Any] = {
-                    "rule": "checkpoint",
-                    "rule_options": {},
-                    "blocks": None,
-                    "finish": 0.0,
-                    "finish_lr": None,
-                }
-                learner = build(RunConfig(**(job.config.model_dump() | change)), data)
+                learner = build(config_of(phase, job.config), data)
             learner.frozen = max(0, phase)
             costs[phase] = measure_step(learner.train(), *batch)
         cost = averaged(costs, shares)

@@ -18,7 +18,7 @@ from glcan.errors import ConfigError, RunError
 from glcan.learner import LocalLearner
 from glcan.memory import StepCost, measure_step
 from glcan.report import tables
-from glcan.report.costs import FINISH, WARMUP_ROUNDS, averaged, phases, time_steps, weights_sha256
+from glcan.report.costs import WARMUP_ROUNDS, averaged, config_of, phases, time_steps, weights_sha256
 from glcan.report.methods import Method, parse_methods
 from glcan.report.results import Comparison, Curve, MethodResult, Metric, Reference, VersusE2E
 from glcan.training import RunConfig, Summary, build, environment, load_data, read_metrics, train
@@ -269,19 +269,11 @@ def _costs(configs: dict[Method, RunConfig]) -> tuple[dict[str, StepCost], dict[
     """
     data = load_data(next(iter(configs.values())))
     batch: tuple[Any, ...] = ()
-    finish: dict[str, Any] = {
-        "rule": "checkpoint",
-        "rule_options": {},
-        "blocks": None,
-        "cuts": None,
-        "finish": 0.0,
-        "finish_lr": None,
-    }
     steps: dict[tuple[str, int], RunConfig] = {}
     shares = {method.name: phases(config, method.blocks) for method, config in configs.items()}
     for method, config in configs.items():
         for phase in shares[method.name]:
-            steps[method.name, phase] = RunConfig(**config.model_dump() | (finish if phase == FINISH else {}))
+            steps[method.name, phase] = config_of(phase, config)
 
     def learner_of(key: tuple[str, int]) -> LocalLearner:
         learner = build(steps[key], data)

@@ -59,6 +59,15 @@ def phases(config: RunConfig, blocks: int) -> dict[int, float]:
     return {phase: share for phase, share in {**shares, FINISH: config.finish}.items() if share > 0}
 
 
+def config_of(phase: int, config: RunConfig) -> RunConfig:
+    """The configuration whose learner makes the steps of a phase."""
+    if phase != FINISH:
+        return config
+    change: dict[str, Any] = {"rule": "checkpoint", "rule_options": {}, "blocks": None, "cuts": None}
+    change |= {"finish": 0.0, "finish_lr": None}
+    return type(config)(**config.model_dump() | change)
+
+
 def averaged(costs: Mapping[int, StepCost], shares: Mapping[int, float]) -> StepCost:
     """The cost of a step on average over a run: the largest peaks, and the mean FLOPs.
 
