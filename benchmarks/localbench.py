@@ -103,6 +103,7 @@ _FASHION = {
     "batch": 128,
     "warmup_epochs": 1,
     "channels_last": True,
+    "precision": "bf16",  # half the time on GPUs, and on CPUs with instructions for it
 }
 _RULES = _named("e2e", "predsim", "dgl", "infopro", "auglocal", "man", "manpp", "glcan")
 
