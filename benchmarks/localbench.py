@@ -108,9 +108,7 @@ _FASHION = {
 _RULES = _named("e2e", "predsim", "dgl", "infopro", "auglocal", "man", "manpp", "glcan")
 
 BENCHES = {
-    "classification": Bench(
-        _FASHION, _RULES + _FINISHED, (4, 16), (0.05, 0.1, 0.2), (0, 1, 2), {"limit": 10000, "epochs": 3}
-    ),
+    "classification": Bench(_FASHION, _RULES + _FINISHED, (4, 16), (0.05, 0.1, 0.2), (0, 1, 2)),
     "detection": Bench(
         {"task": "detection", "val": 200},
         _named("e2e", "dgl", "glcan"),
