@@ -28,7 +28,8 @@ import statistics
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +161,7 @@ def quick(name: str) -> Bench:
     if bench.settings.get("data") == "fashion-mnist" and SETS["fashion-mnist"].find(None) is None:
         small = small | {"data": "digits", "model": "cifar_resnet20", "limit": None, "val": 300, "epochs": 5}
     entries = bench.entries if name != "ablation" else bench.entries[:3]
-    rates = bench.rates[:2] if name == "classification" else bench.rates[1:2] or bench.rates
+    rates = bench.rates[1:2] or bench.rates
     return dataclasses.replace(
         bench, settings=bench.settings | small, entries=entries, blocks=(4,), rates=rates, seeds=(0,), choice={}
     )
@@ -328,6 +329,19 @@ def linear_probes(learner: LocalLearner, data: Any, config: RunConfig) -> list[f
     return accuracies
 
 
+def alone(job: Job, threads: int) -> str:
+    """`run` in a process of its own, whose memory is given back and whose end by the system is no end of the bench.
+
+    One pool for all jobs with ``max_tasks_per_child`` would be shorter, but it stops for good when all of its processes
+    have made their share (https://github.com/python/cpython/issues/115634).
+    """
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(run, job, threads).result()
+        except BrokenProcessPool:
+            return f"{job.file.stem}: its process was killed, perhaps for want of memory; try --jobs 1"
+
+
 def work(jobs: Iterable[Job], count: int, title: str, console: Console) -> None:
     """Make the runs that are not there yet, ``count`` side by side; stop with their errors after all are done."""
     missing = list({job.file: job for job in jobs if not job.file.exists()}.values())
@@ -338,10 +352,10 @@ def work(jobs: Iterable[Job], count: int, title: str, console: Console) -> None:
     failures: list[str] = []
     with (
         Progress(*columns, TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(), console=console) as progress,
-        ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=4) as pool,
+        ThreadPoolExecutor(count) as pool,
     ):
         task = progress.add_task(title, total=len(missing))
-        for done in as_completed([pool.submit(run, job, threads) for job in missing]):
+        for done in as_completed([pool.submit(alone, job, threads) for job in missing]):
             failures += filter(None, [done.result()])
             progress.advance(task)
     for failure in failures:

@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import operator
+import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -68,6 +71,26 @@ def test_what_is_there_is_not_made_again(localbench, plan):
     before = {path: path.stat().st_mtime_ns for path in plan.results.glob("*-k*.json")}
     localbench.work((*plan.choices(), *plan.final()), 1, "again", Console(quiet=True))
     assert {path: path.stat().st_mtime_ns for path in plan.results.glob("*-k*.json")} == before
+
+
+def test_more_jobs_than_a_process_pool_would_have_survived(localbench, tmp_path, monkeypatch):
+    monkeypatch.setattr(localbench, "run", operator.is_)  # what a new process can import; false: nothing went wrong
+    jobs = [SimpleNamespace(file=tmp_path / f"{i}.json") for i in range(5)]
+    localbench.work(jobs, 1, "many", Console(quiet=True))
+
+
+def test_a_run_whose_process_is_killed_is_told_of(localbench, tmp_path, monkeypatch):
+    monkeypatch.setattr(localbench, "run", os.kill)
+    assert "killed" in localbench.alone(Doomed(), 9)
+
+
+class Doomed(int):
+    """A job that is, where it arrives, the number of the process it has arrived in."""
+
+    file = Path("doomed.json")
+
+    def __reduce__(self):
+        return os.getpid, ()
 
 
 def test_the_table_has_the_mean_over_the_seeds_that_are_there(localbench, plan):
