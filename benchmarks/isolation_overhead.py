@@ -33,7 +33,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from glcan.isolation import Boundary, Isolation
+from glcan.isolation import Boundary, Isolation, overridden
 from glcan.plan import make_plan
 from glcan.profile import profile
 from glcan.training import environment
@@ -195,13 +195,8 @@ def stored_outputs(model: nn.Module, images: Tensor, units: list[str]) -> Iterat
         model(images)
     for hook in hooks:
         hook.remove()
-    for name, module in modules.items():
-        module.__dict__["forward"] = lambda *_args, output=outputs[name]: output
-    try:
+    with overridden((module, lambda *_args, output=outputs[name]: output) for name, module in modules.items()):
         yield
-    finally:
-        for module in modules.values():
-            del module.__dict__["forward"]
 
 
 if __name__ == "__main__":

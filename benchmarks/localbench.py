@@ -104,7 +104,7 @@ _FASHION = {
     "batch": 128,
     "warmup_epochs": 1,
     "channels_last": True,
-    "precision": "bf16",  # half the time on GPUs, and on CPUs with instructions for it
+    "precision": "bf16",  # half the time on a CPU with instructions for it (AMX)
 }
 _RULES = _named("e2e", "predsim", "dgl", "infopro", "auglocal", "man", "manpp", "glcan")
 
@@ -355,9 +355,12 @@ def work(jobs: Iterable[Job], count: int, title: str, console: Console) -> None:
         ThreadPoolExecutor(count) as pool,
     ):
         task = progress.add_task(title, total=len(missing))
-        for done in as_completed([pool.submit(alone, job, threads) for job in missing]):
-            failures += filter(None, [done.result()])
-            progress.advance(task)
+        try:
+            for done in as_completed([pool.submit(alone, job, threads) for job in missing]):
+                failures += filter(None, [done.result()])
+                progress.advance(task)
+        finally:  # interrupted: the runs that have not begun are not begun
+            pool.shutdown(cancel_futures=True)
     for failure in failures:
         console.print(failure, style="red", highlight=False, markup=False)
     if failures:

@@ -21,6 +21,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._pytree import tree_map, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
+from glcan.isolation import overridden
 from glcan.profile import Profile
 
 __all__ = ["checkpointed", "in_parts", "large_end", "segments_of", "with_large_end"]
@@ -111,26 +112,16 @@ def _together(
     model: nn.Module, runs: Sequence[Sequence[str]], chain: Callable[..., Callable[..., Any]]
 ) -> Iterator[None]:
     """Each run is computed at its first unit, as ``chain(forwards, modules)`` says; its other units hand on."""
-    before: list[tuple[nn.Module, bool, Any]] = []
 
-    def override(name: str, forward: Callable[..., Any]) -> None:
-        module = model.get_submodule(name)
-        before.append((module, "forward" in module.__dict__, module.__dict__.get("forward")))
-        module.__dict__["forward"] = forward
-
-    try:
+    def forwards() -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
         for run in runs:
             modules = [model.get_submodule(name) for name in run]
-            override(run[0], chain([m.forward for m in modules], modules))
-            for name in run[1:]:
-                override(name, _hand_on)
+            yield modules[0], chain([m.forward for m in modules], modules)
+            for module in modules[1:]:
+                yield module, _hand_on
+
+    with overridden(forwards()):
         yield
-    finally:
-        for module, overridden, forward in reversed(before):
-            if overridden:
-                module.__dict__["forward"] = forward
-            else:
-                module.__dict__.pop("forward", None)
 
 
 def _hand_on(value: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ import contextlib
 import dataclasses
 import functools
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,12 +32,29 @@ from torch.overrides import _get_current_function_mode as _top_mode
 
 from glcan.errors import CutError, UnknownName
 
-__all__ = ["Boundary", "Isolation", "leaked_parameters", "tensors_in"]
+__all__ = ["Boundary", "Isolation", "leaked_parameters", "overridden", "tensors_in"]
 
 _TAG = "_glcan_tag"
 _CALL = 32  # bits of a tensor's number for its place after a unit's call
 # The properties of a tensor that give a differentiable tensor; every other one (shape, dtype, ...) is left alone.
 _TENSOR_PROPERTIES = frozenset(getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "real", "imag"))
+
+
+@contextlib.contextmanager
+def overridden(forwards: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+    """While this is open, each module runs the forward beside it; on exit the modules are as before."""
+    before: list[tuple[nn.Module, bool, Any]] = []
+    try:
+        for module, forward in forwards:
+            before.append((module, "forward" in module.__dict__, module.__dict__.get("forward")))
+            module.__dict__["forward"] = forward
+        yield
+    finally:
+        for module, own, forward in reversed(before):
+            if own:
+                module.__dict__["forward"] = forward
+            else:
+                module.__dict__.pop("forward", None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +180,7 @@ class Isolation(TorchFunctionMode):
         self.cuts = tuple(cuts)
         self.on_boundary = on_boundary
         self.held = {cut: frozenset(numbers) for cut, numbers in (held or {}).items()}
-        self._before: dict[str, tuple[bool, Any]] = {}
+        self._entered: contextlib.ExitStack | None = None
         self._reset()
 
     def _reset(self) -> None:
@@ -180,34 +197,23 @@ class Isolation(TorchFunctionMode):
     # -- entering and leaving ------------------------------------------------------------------------------------
 
     def __enter__(self) -> Isolation:
-        if self._before:
+        if self._entered is not None:
             raise RuntimeError("This Isolation is already entered; a run inside a run needs an Isolation of its own.")
         self._reset()
-        try:
-            for name, module in self.modules.items():
-                self._before[name] = ("forward" in module.__dict__, module.__dict__.get("forward"))
-                module.__dict__["forward"] = self._wrap(name, module.forward)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(overridden((m, self._wrap(name, m.forward)) for name, m in self.modules.items()))
             super().__enter__()
-        except BaseException:
-            self._restore()
-            raise
+            self._entered = stack.pop_all()
         return self
 
     def __exit__(self, *exc: Any) -> None:
         try:
             super().__exit__(*exc)
         finally:
-            self._restore()
+            assert self._entered is not None
+            self._entered.close()
+            self._entered = None
             self._kept.clear()
-
-    def _restore(self) -> None:
-        for name, (overridden, forward) in self._before.items():
-            module = self.modules[name]
-            if overridden:
-                module.__dict__["forward"] = forward
-            else:
-                module.__dict__.pop("forward", None)
-        self._before = {}
 
     @contextlib.contextmanager
     def replay(self) -> Iterator[None]:

@@ -17,7 +17,7 @@ from glcan.checkpointing import checkpointed, in_parts, segments_of, with_large_
 from glcan.dryrun import dry_run
 from glcan.errors import CheckpointError, ConfigError, CutError, GradientLeak
 from glcan.estimate import Estimate, auxiliary_costs, measure_pieces
-from glcan.isolation import Boundary, Isolation, leaked_parameters, tensors_in
+from glcan.isolation import Boundary, Isolation, leaked_parameters, overridden, tensors_in
 from glcan.plan import Plan, cut_places, longest_end, make_plan
 from glcan.profile import Feature, Profile, read_feature
 from glcan.profile import profile as take_profile
@@ -457,21 +457,14 @@ class LocalLearner:
             yield
             return
         module = self.model.get_submodule(self.plan.cuts[self.frozen - 1])
-        own, forward = module.__dict__.get("forward"), module.forward
+        forward = module.forward
 
         def begin(*args: Any, **kwargs: Any) -> Any:
             torch.set_grad_enabled(True)
             return forward(*args, **kwargs)
 
-        with torch.no_grad():
-            module.__dict__["forward"] = begin
-            try:
-                yield
-            finally:
-                if own is None:
-                    del module.__dict__["forward"]
-                else:
-                    module.__dict__["forward"] = own
+        with torch.no_grad(), overridden([(module, begin)]):
+            yield
 
     def _local_backward(self, boundary: Boundary, batch: tuple[Any, ...], backward: Callable[[Tensor], None]) -> Tensor:
         """A block's local loss, detached, after its backward pass."""
