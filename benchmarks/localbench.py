@@ -46,7 +46,7 @@ from glcan import LocalLearner, measure_step, rules
 from glcan.data.sets import SETS
 from glcan.errors import GlcanError
 from glcan.report.costs import FINISH as LAST
-from glcan.report.costs import averaged, config_of, phases
+from glcan.report.costs import averaged, config_of, enter, phases
 from glcan.report.plots import COLOURS, MARKERS
 from glcan.sizes import format_bytes, format_scaled
 from glcan.training import MEASURES, RunConfig, build, environment, load_data, load_model, train
@@ -60,11 +60,12 @@ FINISH = 0.1
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A row of the table: a rule with options of its own, with or without a finish."""
+    """A row of the table: a rule with options of its own, with or without a start or a finish."""
 
     name: str
     rule: str
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    start: float = 0.0
     finish: float = 0.0
 
 
@@ -227,6 +228,7 @@ class Plan:
             rule=entry.rule,
             rule_options=entry.options,
             blocks=None if entry.rule in rules.BASELINES else blocks,
+            start=entry.start,
             finish=entry.finish,
             lr=rate,
             seed=seed,
@@ -262,8 +264,7 @@ def run(job: Job, threads: int) -> str:
                 del learner
                 gc.collect()
                 learner = build(config_of(phase, job.config), data)
-            learner.frozen = max(0, phase)
-            costs[phase] = measure_step(learner.train(), *batch)
+            costs[phase] = measure_step(enter(learner, phase), *batch)
         cost = averaged(costs, shares)
     except GlcanError as error:
         return f"{job.file.stem}: {error}"

@@ -316,6 +316,64 @@ def test_frozen_blocks_only_run_forward(name: str) -> None:
     assert costs[0].activation_peak_bytes >= costs[1].activation_peak_bytes >= costs[2].activation_peak_bytes
 
 
+@pytest.mark.parametrize("name", list(MODELS))
+def test_end_to_end_gradients_are_those_of_back_propagation(name: str) -> None:
+    """Those of the model; the auxiliary networks get the ones that they get when blocks learn by themselves."""
+    build, sample = MODELS[name]
+    local, mine, plain = (LocalLearner(built(build), sample=sample, blocks=3) for _ in range(3))
+    plain.auxiliary = torch.nn.ModuleDict()
+    mine.auxiliary.load_state_dict(local.auxiliary.state_dict())
+    mine.end_to_end = True
+    called: list[str] = []
+    mine.after_block = called.append
+    losses = []
+    for learner in (local, mine):
+        torch.manual_seed(3)
+        losses.append(learner.backward(*sample))
+    torch.manual_seed(3)
+    loss = plain.task.loss(plain.model(*sample[:1]), sample)
+    loss.backward()
+    assert losses[1]["block3"] == loss
+    assert losses[0] == losses[1]
+    assert called == ["block1", "block2", "block3"]
+    for one, other in zip(mine.model.parameters(), plain.model.parameters(), strict=True):
+        assert (one.grad is None) == (other.grad is None)
+        assert one.grad is None or torch.equal(one.grad, other.grad)
+    for one, other in zip(mine.auxiliary.parameters(), local.auxiliary.parameters(), strict=True):
+        assert torch.equal(one.grad, other.grad)
+
+
+def test_end_to_end_steps_need_the_memory_of_checkpointing_and_no_block_frozen() -> None:
+    build, sample = MODELS["cifar_resnet20"]
+    mine = LocalLearner(built(build), sample=sample, blocks=3, optimizer=MOMENTUM)
+    checkpoint, plain = (LocalLearner(built(build), sample=sample, rule=r) for r in ("checkpoint", "e2e"))
+    mine.end_to_end = True
+    activations = measure_step(mine, *sample).activation_peak_bytes
+    assert activations <= 1.1 * measure_step(checkpoint, *sample).activation_peak_bytes
+    assert activations < 0.6 * measure_step(plain, *sample).activation_peak_bytes
+    mine.frozen = 1
+    with pytest.raises(ConfigError, match="frozen is 1, but end_to_end trains every block"):
+        mine.step(*sample)
+
+
+def test_end_to_end_clips_each_block_and_scales_for_float16() -> None:
+    plain_sgd = partial(torch.optim.SGD, lr=1.0)
+    clipped = LocalLearner(built(Small), sample=TINY, blocks=3, optimizer=plain_sgd, clip_norm=0.1)
+    clipped.end_to_end = True
+    before = [[p.detach().clone() for p in own] for own in clipped._own]
+    clipped.step(*TINY)
+    for own, old in zip(clipped._own, before, strict=True):
+        moved = torch.cat([(p.detach() - o).flatten() for p, o in zip(own, old, strict=True)])
+        assert moved.norm() == pytest.approx(0.1, rel=1e-3)
+    scaled = LocalLearner(built(Small), sample=TINY, blocks=3)
+    scaled.end_to_end = True
+    scaled.backward(*TINY, scaler=torch.amp.GradScaler("cpu", init_scale=8.0))
+    plain = LocalLearner(built(Small), sample=TINY, rule="e2e")
+    plain.backward(*TINY)
+    for one, other in zip(scaled.model.parameters(), plain.model.parameters(), strict=True):
+        assert one.grad is None or torch.allclose(one.grad, 8 * other.grad, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("frozen", [-1, 2])
 def test_the_last_block_is_never_frozen(frozen: int) -> None:
     learner = LocalLearner(Small(), sample=TINY, blocks=2)
@@ -331,6 +389,8 @@ def test_older_tensors_that_enter_a_later_cut() -> None:
     learner = LocalLearner(model, sample=SAMPLE, blocks=7, optimizer=MOMENTUM)
     layer = next(u for u in learner.plan.units[3:] if "denselayer" in u[0].name)[0]
     assert len(layer.entering) < len(learner.profile.unit(layer.name).entering)
+    assert len(learner.step(*SAMPLE)) == 7
+    learner.end_to_end = True  # all of them have a graph now
     assert len(learner.step(*SAMPLE)) == 7
 
 

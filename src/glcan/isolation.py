@@ -73,6 +73,14 @@ class Boundary:
     entering: tuple[Tensor, ...]
     skipping: tuple[Tensor, ...] = ()
 
+    def detached(self) -> Boundary:
+        """The same tensors without their graphs: what is learned from them sends the block no gradient."""
+        return dataclasses.replace(
+            self,
+            entering=tuple(tensor.detach() for tensor in self.entering),
+            skipping=tuple(tensor.detach() for tensor in self.skipping),
+        )
+
 
 class _Tag:
     """What is known of a tensor: the run and the block that produced it, its number, and its detached twin."""
@@ -156,6 +164,12 @@ class Isolation(TorchFunctionMode):
         held: for each cut, the numbers (see `Profile.crossing`) of the tensors that pass by it, so that they can be
             given as ``Boundary.skipping``. Numbers count from entering, so let nothing but the model run before.
 
+    Attributes:
+        isolating: whether gradients are kept from crossing. If not, the callback is called all the same, but the model
+            is one piece: its graph is that of plain back-propagation. May be set between two runs.
+        crossings: for each cut, what crossed it when gradients were last kept from it: which of the tensors in the
+            unit's arguments, and the numbers of those that passed by. Without isolation the tensors do not show it.
+
     Raises:
         UnknownName: a unit or a cut is not there.
         CutError: a unit lies inside another one, or the cuts are no units, or repeat.
@@ -179,6 +193,8 @@ class Isolation(TorchFunctionMode):
             raise CutError(f"The cuts {list(cuts)} name a unit twice; name each at most once.")
         self.cuts = tuple(cuts)
         self.on_boundary = on_boundary
+        self.isolating = True
+        self.crossings: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
         self.held = {cut: frozenset(numbers) for cut, numbers in (held or {}).items()}
         self._entered: contextlib.ExitStack | None = None
         self._reset()
@@ -248,6 +264,8 @@ class Isolation(TorchFunctionMode):
 
     def twin(self, tensor: Tensor) -> Tensor:
         """The tensor itself if the current block (or nobody) produced it, else its detached twin (same storage)."""
+        if not self.isolating:
+            return tensor
         tag: _Tag | None = getattr(tensor, _TAG, None)
         while tag is not None and tag.block < self.block and tag.run is self._run:
             if tag.twin is None:
@@ -328,17 +346,19 @@ class Isolation(TorchFunctionMode):
         return out
 
     def _cross(self, cut: str, args: Any, kwargs: Any) -> None:
-        entering: dict[int, Tensor] = {}
         with self.suspended():
-            for tensor in tensors_in((args, kwargs)):
-                own = self.twin(tensor)
-                if own.requires_grad and not isinstance(own, nn.Parameter):
-                    entering[id(own)] = own
-        skipping = {id(t): t for n in sorted(self.held.get(cut, ())) if (t := self._of_this_block(n)) is not None}
+            given = [self.twin(tensor) for tensor in tensors_in((args, kwargs))]
+            if self.isolating:
+                places = (i for i, t in enumerate(given) if t.requires_grad and not isinstance(t, nn.Parameter))
+                numbers = (n for n in sorted(self.held.get(cut, ())) if self._is_of_this_block(n))
+                self.crossings[cut] = tuple(places), tuple(numbers)
+        crossing, passing = self.crossings[cut]
+        entering = {id(given[i]): given[i] for i in crossing if i < len(given)}
+        skipping = {id(t): t for n in passing if (t := self._kept.get(n)) is not None}
         boundary = Boundary(
             self.block, cut, tuple(entering.values()), tuple(t for i, t in skipping.items() if i not in entering)
         )
-        del entering, skipping
+        del given, entering, skipping
         if self.on_boundary is not None:
             with self.replay(), _outside_of_checkpoints():
                 self.on_boundary(boundary)
@@ -347,9 +367,9 @@ class Isolation(TorchFunctionMode):
         still = frozenset().union(*(self.held.get(c, frozenset()) for c in later))
         self._kept = {n: t for n, t in self._kept.items() if n in still}
 
-    def _of_this_block(self, number: int) -> Tensor | None:
+    def _is_of_this_block(self, number: int) -> bool:
         tensor = self._kept.get(number)
-        return tensor if tensor is not None and getattr(tensor, _TAG).block == self.block else None
+        return tensor is not None and getattr(tensor, _TAG).block == self.block
 
 
 @contextlib.contextmanager

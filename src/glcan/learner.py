@@ -30,6 +30,7 @@ __all__ = ["LocalLearner"]
 
 OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
 _Crossing = dict[str, tuple[Feature, ...]]  # by the name of the cut
+_Crossings = dict[str, tuple[tuple[int, ...], tuple[int, ...]]]  # see Isolation
 
 
 class LocalLearner:
@@ -76,6 +77,9 @@ class LocalLearner:
         frozen: so many blocks, from the first one on, are trained no more: they only run forward, and their parameters
             get no gradient. 0 at first; may be set between two steps, up to K - 1. Their learning rate should be near
             zero by then.
+        end_to_end: while it is true, a step trains the whole model at once, with activation checkpointing of each unit,
+            and the auxiliary networks beside it, which send the model no gradient. False at first; may be set between
+            two steps. See docs/training.md, "End to end first".
         after_block: if set, called with a block's name when it has been trained, before the next one begins.
 
     Parameters that are used in several blocks (tied weights) get the sum of the blocks' gradients, and `step` updates
@@ -153,9 +157,10 @@ class LocalLearner:
         self.plan = self._make_plan(batch, blocks, cuts, recompute)
         self.names = names = self.plan.names
         self._users = self._find_users()
-        skipping: dict[str, tuple[Feature, ...]] = {}
+        skipping: _Crossing = {}
+        crossings: _Crossings = {}
         if self.plan.blocks > 1:
-            entering, skipping = self._survey(batch, leak_check)
+            entering, skipping, crossings = self._survey(batch, leak_check)
             self.plan = self.plan.entered_by(entering)
             self._check_trained()
         self.auxiliary = nn.ModuleDict(
@@ -180,9 +185,11 @@ class LocalLearner:
             self.plan.cuts,
             held={cut: self.profile.crossing[cut] for cut in self.plan.cuts},
         )
+        self._isolation.crossings = crossings
         self._recomputed = self._find_recomputed()
         self.after_block: Callable[[str], None] | None = None
         self.frozen = 0
+        self.end_to_end = False
         self.optimizers: list[Optimizer] = []
         self.optimizer_of: dict[int, Optimizer] = {}
         if optimizer is not None:
@@ -247,8 +254,11 @@ class LocalLearner:
         wanted = {u.name for k, b in enumerate(self.plan.units) if self.names[k] in self.plan.recompute for u in b}
         together = self.plan.recomputed_units
         wanted.update(names[0] for names in together if len(names) == 1)
-        runs = [run for run in segments_of(self.profile) if run[0] in wanted and run[0] not in self.profile.parted]
-        return runs + [names for names in together if len(names) > 1]
+        return [run for run in self._segments() if run[0] in wanted] + [names for names in together if len(names) > 1]
+
+    def _segments(self) -> list[list[str]]:
+        """All chains of units that can be recomputed by themselves."""
+        return [run for run in segments_of(self.profile) if run[0] not in self.profile.parted]
 
     def _check_trained(self) -> None:
         for k, cut in enumerate(self.plan.cuts):
@@ -285,15 +295,17 @@ class LocalLearner:
                 self.optimizer_of[k] = optimizer
                 self.optimizers.append(optimizer)
 
-    def _survey(self, batch: tuple[Any, ...], leak_check: bool) -> tuple[_Crossing, _Crossing]:
+    def _survey(self, batch: tuple[Any, ...], leak_check: bool) -> tuple[_Crossing, _Crossing, _Crossings]:
         """A dry run with the cuts: what of a block's own enters the unit at each of them, and what passes it by.
+
+        And how these tensors are found again, see `Isolation.crossings`.
 
         Raises:
             GradientLeak: a gradient crosses a cut.
         """
         names = {id(p): name for name, p in self.model.named_parameters()}
 
-        def check(model: nn.Module, batch: tuple[Any, ...]) -> tuple[_Crossing, _Crossing]:
+        def check(model: nn.Module, batch: tuple[Any, ...]) -> tuple[_Crossing, _Crossing, _Crossings]:
             entering: _Crossing = {}
             skipping: _Crossing = {}
             twins = {name: p for name, p in model.named_parameters()}
@@ -335,7 +347,7 @@ class LocalLearner:
                 total = sum((t.float().sum() for t in losses if t.requires_grad), torch.zeros(()))
                 if leak_check and total.requires_grad:
                     look(self.plan.blocks - 1, total)
-            return entering, skipping
+            return entering, skipping, isolation.crossings
 
         return dry_run(self.model, batch, check, assume=self.task.assumes)
 
@@ -385,6 +397,10 @@ class LocalLearner:
                 f"frozen is {self.frozen}, but of {self.plan.blocks} blocks 0 to {self.plan.blocks - 1} can be frozen: "
                 "the last one always learns."
             )
+        if self.frozen and self.end_to_end:
+            raise ConfigError(
+                f"frozen is {self.frozen}, but end_to_end trains every block. Set frozen to 0, or end_to_end to False."
+            )
         learning = [name for name in self.names[self.frozen :] if name in self.auxiliary]
         self.rule.before_pass(nn.ModuleDict({name: self.auxiliary[name] for name in learning}), self.model)
         losses: dict[str, Tensor] = {}
@@ -397,11 +413,14 @@ class LocalLearner:
 
         def done(block: int, loss: Tensor) -> None:
             losses[self.names[block]] = loss.detach()
+            if self.end_to_end and block < last:
+                return  # the backward pass is still to come
             with _no_autocast(loss):
-                if finish is not None:
-                    finish(block)
-                if self.after_block is not None:
-                    self.after_block(self.names[block])
+                for trained in range(last + 1) if self.end_to_end else [block]:
+                    if finish is not None:
+                        finish(trained)
+                    if self.after_block is not None:
+                        self.after_block(self.names[trained])
             if torch.is_autocast_enabled(loss.device.type):
                 torch.clear_autocast_cache()  # it holds copies of weights that have just been updated
 
@@ -417,14 +436,15 @@ class LocalLearner:
                 )
             if name not in self.auxiliary:
                 return
-            loss = self._local_backward(boundary, batch, backward)
+            loss = self._local_backward(boundary.detached() if self.end_to_end else boundary, batch, backward)
             done(boundary.block, loss)
 
         args, kwargs = self.task.arguments(batch)
         if self.profile.writes_input:
             args, kwargs = tree_map_only(Tensor, Tensor.clone, (args, kwargs))
-        isolation.on_boundary = at_cut
+        isolation.on_boundary, isolation.isolating = at_cut, not self.end_to_end
         last = self.plan.blocks - 1
+        recomputed = self._segments() if self.end_to_end else self._recomputed
         with (
             self.task.running(self.model) if last else contextlib.nullcontext(),
             in_parts(self.model, self.profile.parted if last else ()),
@@ -433,7 +453,7 @@ class LocalLearner:
         ):
             with (
                 self.rule.running(self.model, self.profile),
-                checkpointed(self.model, self._recomputed),
+                checkpointed(self.model, recomputed),
                 self._frozen_forward(),
             ):
                 loss = self.task.loss(self.model(*args, **kwargs), batch)
@@ -476,7 +496,8 @@ class LocalLearner:
                 prediction = network(boundary, batch)
             loss = self.rule.local_loss(self.task, prediction, batch)
         del prediction
-        backward(loss)
+        if loss.requires_grad:  # not where everything in it is a copy, and `end_to_end`
+            backward(loss)
         return loss.detach()  # frees the graph before the optimizer makes its temporaries
 
     def _forward_autocast(self, batch: Any) -> contextlib.AbstractContextManager[Any]:

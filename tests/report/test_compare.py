@@ -7,11 +7,12 @@ import statistics
 import pytest
 import torch
 
+from glcan import measure_step
 from glcan.errors import ConfigError, CutError, RunError, UnknownName
 from glcan.report import compare, costs, train_run
 from glcan.report.compare import _configs
 from glcan.report.methods import parse_methods
-from glcan.training import RunConfig, read_metrics
+from glcan.training import RunConfig, build, load_data, read_metrics
 
 METHODS = ["e2e", "checkpoint", "glcan:2"]
 
@@ -168,6 +169,20 @@ def test_a_finish_has_the_larger_memory_and_its_share_of_the_costs(tmp_path):
     assert [list(each) for each in losses] == [["block1", "block2"], ["block1", "block2", "finish"]]
 
 
+def test_a_start_has_its_share_of_the_costs(tmp_path):
+    methods = ["e2e", "glcan:2", "glcan:2+start"]
+    done = compare(tiny(epochs=1, limit=128, start=0.25), methods, [0], tmp_path, progress=False)
+    _, local, start = done["methods"]
+    learner = build(tiny(rule="glcan", blocks=2), load_data(tiny()))
+    batch = next(iter(load_data(tiny()).loader("train", tiny().batch)))
+    beginning = measure_step(costs.enter(learner, costs.START), *batch)
+    assert learner.end_to_end
+    assert beginning.flops > 1.2 * local["flops_per_step"]
+    assert start["flops_per_step"] == round(0.75 * local["flops_per_step"] + 0.25 * beginning.flops)
+    assert start["peak_bytes"] == max(local["peak_bytes"], beginning.peak_bytes)
+    assert costs.averaged({0: beginning}, {0: 1.0}) == beginning
+
+
 def test_a_folder_with_other_files_and_a_file_are_refused(tmp_path):
     note = tmp_path / "thesis.tex"
     note.write_text("years of work")
@@ -225,6 +240,9 @@ def test_the_kinds_of_steps_and_their_shares():
     assert costs.phases(config, 3) == {0: 0.5, 1: 0.25, 2: 0.25}
     assert costs.phases(tiny(), 3) == {0: 1}
     assert costs.phases(tiny(freeze=0.5, finish=0.5), 2) == {0: 0.25, 1: 0.25, costs.FINISH: 0.5}
+    both = tiny(start=0.25, freeze=0.5, finish=0.5)
+    assert costs.phases(both, 2) == {costs.START: 0.25, 1: 0.25, costs.FINISH: 0.5}
+    assert costs.phases(tiny(start=0.25), 3) == {costs.START: 0.25, 0: 0.75}
 
 
 def test_every_learner_takes_its_turn_in_each_round():

@@ -14,6 +14,8 @@ from glcan.report import Method, parse_method, parse_methods
         (" glcan : 016 ", Method("glcan:16", "glcan", 16)),
         ("glcan:1", Method("glcan:1", "glcan", 1)),
         ("dgl:04 + finish", Method("dgl:4+finish", "dgl", 4, finish=True)),
+        ("dgl:4+start", Method("dgl:4+start", "dgl", 4, start=True)),
+        ("dgl:4 +start +finish", Method("dgl:4+start+finish", "dgl", 4, start=True, finish=True)),
     ],
 )
 def test_a_method_is_a_baseline_or_a_rule_with_its_blocks(text, method):
@@ -48,6 +50,10 @@ def test_a_rule_needs_its_blocks_and_a_baseline_takes_none():
         parse_method("e2e:4")
     with pytest.raises(ConfigError, match="gives a finish to 'checkpoint'"):
         parse_method("checkpoint+finish")
+    with pytest.raises(ConfigError, match="gives a start to 'e2e'"):
+        parse_method("e2e+start")
+    with pytest.raises(ConfigError, match="no positive integer"):
+        parse_method("glcan:4+finish+start")
 
 
 def test_methods_are_kept_in_order_and_named_once():

@@ -182,6 +182,34 @@ def test_a_rule_keeps_its_contract(rule: str, options: dict[str, Any], task: str
     assert_equal(dict(fresh.auxiliary.state_dict()), dict(mine.auxiliary.state_dict()))
 
 
+@pytest.mark.parametrize(
+    ("rule", "task", "family"),
+    [(rule, "classification", "cifar_resnet") for rule in RULES if RULES[rule].local]
+    + [("glcan", task, family) for task in FAMILIES for family in FAMILIES[task]],
+)
+def test_end_to_end_steps_are_those_of_back_propagation(rule: str, task: str, family: str) -> None:
+    """Bit for bit, while the auxiliary networks learn beside (to rounding, where an upsampler runs in parts)."""
+    mine, plain, cheap = (learner(name, {}, task, family) for name in (rule, "e2e", "checkpoint"))
+    mine.end_to_end = True
+    before = {name: p.detach().clone() for name, p in mine.auxiliary.named_parameters()}
+    batch = SAMPLES[task]()
+    for seed in range(2):
+        losses = []
+        for one in (mine, plain, cheap):
+            torch.manual_seed(seed)
+            losses.append(one.step(*batch))
+        assert list(losses[0]) == [f"block{i}" for i in range(1, 5)]
+        exact = {"rtol": 1e-4, "atol": 1e-5} if mine.profile.parted else {"rtol": 0.0, "atol": 0.0}
+        torch.testing.assert_close(losses[0]["block4"], losses[1]["block1"], **exact)
+    for other in (plain, cheap):
+        torch.testing.assert_close(dict(mine.model.state_dict()), dict(other.model.state_dict()), **exact)
+    assert all(not torch.equal(p, before[name]) for name, p in mine.auxiliary.named_parameters())
+
+    # and what the blocks hand over is what they hand over when they learn by themselves
+    mine.end_to_end = False
+    assert list(mine.step(*batch)) == list(losses[0])
+
+
 @pytest.mark.parametrize("rule", [name for name, r in RULES.items() if r.local and "classification" in r.tasks])
 def test_a_user_frozen_backbone_still_trains_its_auxiliary_networks(rule: str) -> None:
     torch.manual_seed(0)

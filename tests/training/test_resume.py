@@ -20,6 +20,8 @@ SETTINGS = [
     pytest.param({"rule": "e2e", "optimizer": "adamw", "lr": 1e-3, "schedule": "onecycle"}, id="e2e-adamw-onecycle"),
     pytest.param({"rule": "checkpoint", "channels_last": True}, id="checkpoint-nhwc"),
     pytest.param({"freeze": 0.5, "blocks": 3}, id="a-block-freezes-before-the-stop"),
+    pytest.param({"start": 0.56}, id="start-ends-at-the-stop"),
+    pytest.param({"start": 0.8, "precision": "bf16", "clip_norm": 1.0}, id="stopped-in-the-start"),
     pytest.param({"finish": 0.44}, id="finish-begins-at-the-stop"),
     pytest.param({"finish": 0.5, "optimizer": "adam", "lr": 1e-3}, id="finish-begins-before-the-stop"),
 ]

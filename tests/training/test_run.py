@@ -116,6 +116,20 @@ def test_frozen_blocks_keep_their_weights(tiny, tmp_path):
     assert any(not torch.equal(one.get_parameter(name), two.get_parameter(name)) for name in names[len(first) :])
 
 
+def test_the_start_trains_the_whole_model_and_the_auxiliary_networks_beside_it(tiny, tmp_path):
+    """Its steps are those of end-to-end training; then the blocks go on, with the same optimizers."""
+    whole = tiny(start=1 / 3, warmup_epochs=0)
+    train(whole, tmp_path / "start", progress=False)
+    train(tiny(rule="e2e", warmup_epochs=0), tmp_path / "e2e", progress=False)
+    start, plain = (read_metrics(tmp_path / name) for name in ("start", "e2e"))
+    assert [list(record["train_loss"]) for record in start] == [["block1", "block2"]] * 3
+    assert start[0]["train_loss"]["block2"] == plain[0]["train_loss"]["block1"]
+    assert start[0]["val_accuracy"] == plain[0]["val_accuracy"]
+    assert start[1]["train_loss"]["block2"] != plain[1]["train_loss"]["block1"]
+    rates = [record["lr"] for record in start]
+    assert rates == [record["lr"] for record in plain]  # one schedule over the whole run
+
+
 def test_the_finish_trains_the_whole_model_with_a_new_optimizer(tiny, tmp_path):
     config = tiny(finish=1 / 3, finish_lr=0.02)
     summary = train(config, tmp_path / "finish", progress=False)

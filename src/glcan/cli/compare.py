@@ -16,8 +16,9 @@ def compare(
     methods: Annotated[
         str | None,
         typer.Option(
-            help="Methods, separated by commas: baselines (e2e, checkpoint, checkpoint-sqrt), RULE:BLOCKS, and "
-            "RULE:BLOCKS+finish. [default: e2e,checkpoint,glcan:4; detection e2e,checkpoint,dgl:4,glcan:4]"
+            help="Methods, separated by commas: baselines (e2e, checkpoint, checkpoint-sqrt), RULE:BLOCKS, "
+            "RULE:BLOCKS+start and RULE:BLOCKS+finish. [default: e2e,checkpoint,glcan:4; "
+            "detection e2e,checkpoint,dgl:4,glcan:4]"
         ),
     ] = None,
     seeds: Annotated[str, typer.Option(help="Seeds, separated by commas; each method is trained with each.")] = "0",

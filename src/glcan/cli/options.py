@@ -45,6 +45,7 @@ _PANELS = {
         "warmup_epochs",
         "clip_norm",
         "freeze",
+        "start",
         "finish",
         "finish_lr",
     ),

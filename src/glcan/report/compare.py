@@ -18,7 +18,7 @@ from glcan.errors import ConfigError, RunError
 from glcan.learner import LocalLearner
 from glcan.memory import StepCost, measure_step
 from glcan.report import tables
-from glcan.report.costs import WARMUP_ROUNDS, averaged, config_of, phases, time_steps, weights_sha256
+from glcan.report.costs import WARMUP_ROUNDS, averaged, config_of, enter, phases, time_steps, weights_sha256
 from glcan.report.methods import Method, parse_methods
 from glcan.report.results import Comparison, Curve, MethodResult, Metric, Reference, VersusE2E
 from glcan.training import RunConfig, Summary, build, environment, load_data, read_metrics, train
@@ -31,6 +31,7 @@ REQUEST = "request.json"
 RESULT = "comparison.json"
 DOCUMENT = "comparison.md"
 
+DEFAULT_START = 0.3
 DEFAULT_FINISH = 0.1
 
 
@@ -53,10 +54,11 @@ def compare(
 
     Args:
         config: data, model and schedule of all runs. ``seed``, ``rule`` and ``blocks`` come from the other arguments;
-            ``cuts`` and ``rule_options`` go to the methods of ``config.rule``, ``finish`` and ``finish_lr`` to those
-            with a finish; their finish is a tenth where the configuration has none.
-        methods: "e2e", "checkpoint", "checkpoint-sqrt", or a rule with its number of blocks such as "glcan:4" or
-            "glcan:4+finish".
+            ``cuts`` and ``rule_options`` go to the methods of ``config.rule``, ``start`` to those with a start,
+            ``finish`` and ``finish_lr`` to those with a finish; where the configuration has none, a start is 0.3 and a
+            finish 0.1 of the steps.
+        methods: "e2e", "checkpoint", "checkpoint-sqrt", or a rule with its number of blocks such as "glcan:4",
+            "glcan:4+start" or "glcan:4+finish".
         seeds: of the initial weights, the order of the images and their augmentation; one run each.
         out: new, empty, or the directory of this comparison.
         progress: report progress on standard error and print the table.
@@ -199,6 +201,7 @@ def _configs(config: RunConfig, methods: list[Method], seeds: Sequence[int]) -> 
             "memory": None,
             "recompute": False,
             "rule_options": {},
+            "start": (config.start or DEFAULT_START) if method.start else 0.0,
             "finish": (config.finish or DEFAULT_FINISH) if method.finish else 0.0,
             "finish_lr": config.finish_lr if method.finish else None,
         }
@@ -276,9 +279,7 @@ def _costs(configs: dict[Method, RunConfig]) -> tuple[dict[str, StepCost], dict[
             steps[method.name, phase] = config_of(phase, config)
 
     def learner_of(key: tuple[str, int]) -> LocalLearner:
-        learner = build(steps[key], data)
-        learner.frozen = max(0, key[1])
-        return learner.train()
+        return enter(build(steps[key], data), key[1])
 
     costs: dict[tuple[str, int], StepCost] = {}
     for key, config in steps.items():

@@ -45,18 +45,20 @@ def time_steps(learners: Mapping[Any, LocalLearner], batch: tuple[Any, ...]) -> 
     return seconds
 
 
-FINISH = -1
+FINISH, START = -1, -2
 
 
 def phases(config: RunConfig, blocks: int) -> dict[int, float]:
     """The kinds of steps of a run of so many blocks, by the number of frozen blocks, and the share of steps of each.
 
-    `FINISH` stands for the finish: the whole model, with checkpointing.
+    `START` stands for steps at the beginning that train the whole model and the auxiliary networks beside it, `FINISH`
+    for steps at the end that train the whole model, both with checkpointing.
     """
-    ends = [schedule_share(config, block, blocks) for block in range(blocks - 1)]
-    bounds = itertools.pairwise([0.0, *ends, 1.0])
-    shares = {frozen: (1 - config.finish) * (end - start) for frozen, (start, end) in enumerate(bounds)}
-    return {phase: share for phase, share in {**shares, FINISH: config.finish}.items() if share > 0}
+    ends = [(1 - config.finish) * schedule_share(config, block, blocks) for block in range(blocks)]
+    bounds = itertools.pairwise([config.start, *ends])
+    shares = {frozen: end - begin for frozen, (begin, end) in enumerate(bounds)}
+    phases = {START: config.start, **shares, FINISH: config.finish}
+    return {phase: share for phase, share in phases.items() if share > 0}
 
 
 def config_of(phase: int, config: RunConfig) -> RunConfig:
@@ -64,8 +66,14 @@ def config_of(phase: int, config: RunConfig) -> RunConfig:
     if phase != FINISH:
         return config
     change: dict[str, Any] = {"rule": "checkpoint", "rule_options": {}, "blocks": None, "cuts": None}
-    change |= {"finish": 0.0, "finish_lr": None}
+    change |= {"start": 0.0, "finish": 0.0, "finish_lr": None}
     return type(config)(**config.model_dump() | change)
+
+
+def enter(learner: LocalLearner, phase: int) -> LocalLearner:
+    """The learner, built from `config_of` the phase, set up for the phase's steps."""
+    learner.frozen, learner.end_to_end = max(0, phase), phase == START
+    return learner.train()
 
 
 def averaged(costs: Mapping[int, StepCost], shares: Mapping[int, float]) -> StepCost:

@@ -1,4 +1,4 @@
-"""How a method of a comparison is written: a baseline's name, ``rule:blocks``, or ``rule:blocks+finish``."""
+"""How a method of a comparison is written: a baseline's name, or ``rule:blocks`` with ``+start`` or ``+finish``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from glcan import rules
 from glcan.errors import ConfigError, UnknownName
 
-_FINISH = "+finish"
+_START, _FINISH = "+start", "+finish"
 
 
 @dataclass(frozen=True)
@@ -16,15 +16,17 @@ class Method:
     """A rule and its number of blocks; the baselines train in one block.
 
     Attributes:
-        name: as the user wrote it, ``"e2e"``, ``"glcan:4"`` or ``"glcan:4+finish"``.
+        name: as the user wrote it, ``"e2e"``, ``"glcan:4"`` or ``"glcan:4+start"``.
         rule: the name of the rule.
         blocks: the number of blocks.
-        finish: whether the last steps train the whole model at once.
+        start: whether the first steps train the whole model at once.
+        finish: whether the last steps do.
     """
 
     name: str
     rule: str
     blocks: int
+    start: bool = False
     finish: bool = False
 
     @property
@@ -39,7 +41,7 @@ class Method:
 
 
 def parse_method(text: str) -> Method:
-    """Read one method: ``"e2e"``, ``"checkpoint"``, ``"checkpoint-sqrt"``, ``"glcan:4"`` or ``"glcan:4+finish"``.
+    """Read one method: ``"e2e"``, ``"checkpoint"``, ``"checkpoint-sqrt"``, ``"glcan:4"``, ``"glcan:4+start"`` ...
 
     Raises:
         UnknownName: no rule has this name.
@@ -47,13 +49,16 @@ def parse_method(text: str) -> Method:
     """
     local = "".join(text.split())
     finish = local.endswith(_FINISH)
-    rule, colon, blocks = local.removesuffix(_FINISH).partition(":")
+    local = local.removesuffix(_FINISH)
+    start = local.endswith(_START)
+    rule, colon, blocks = local.removesuffix(_START).partition(":")
     known = rules.names()
     if rule not in known:
         raise UnknownName("method", rule, known, hint="A rule is followed by its number of blocks, as in 'glcan:4'.")
     if rule in rules.BASELINES:
-        if finish:
-            raise ConfigError(f"Method {text!r} gives a finish to {rule!r}, which trains end to end all the time.")
+        if start or finish:
+            part = "start" if start else "finish"
+            raise ConfigError(f"Method {text!r} gives a {part} to {rule!r}, which trains end to end all the time.")
         if colon:
             raise ConfigError(
                 f"Method {text!r} gives a number of blocks to {rule!r}, which trains end to end in one block. "
@@ -63,7 +68,8 @@ def parse_method(text: str) -> Method:
     if not blocks.isdecimal() or int(blocks) < 1:
         stated = f"the number of blocks {blocks!r}, which is no positive integer" if colon else "no number of blocks"
         raise ConfigError(f"Method {text!r} has {stated}. Write the rule and its blocks, as in '{rule}:4'.")
-    return Method(f"{rule}:{int(blocks)}{_FINISH if finish else ''}", rule, int(blocks), finish)
+    name = f"{rule}:{int(blocks)}{_START if start else ''}{_FINISH if finish else ''}"
+    return Method(name, rule, int(blocks), start, finish)
 
 
 def parse_methods(texts: Sequence[str]) -> list[Method]:

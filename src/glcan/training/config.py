@@ -145,6 +145,9 @@ class RunConfig(BaseModel):
     """Share of the steps in which the first block runs through the whole schedule; the others take more, evenly, and
     the last one all. Then a block is frozen and only runs forward, so that those behind it learn from features that
     stand still. 1: all blocks learn to the end."""
+    start: float = Field(default=0.0, ge=0, le=0.9)
+    """Share of the steps, at the beginning, that train the whole model at once with activation checkpointing, and the
+    auxiliary networks beside it; the blocks learn by themselves afterwards. 0 for none."""
     finish: float = Field(default=0.0, ge=0, le=0.5)
     """Share of the steps, at the end, that train the whole model at once with activation checkpointing; 0 for none."""
     finish_lr: float | None = Field(default=None, gt=0, allow_inf_nan=False)
@@ -224,10 +227,23 @@ class RunConfig(BaseModel):
             )
         if self.finish_lr is not None and not self.finish:
             raise ConfigError(f"finish_lr = {self.finish_lr:g} is of a finish; set --finish 0.1 or leave it out.")
-        if self.finish and self.rule in BASELINES:
+        for name, does in (("start", "begins"), ("finish", "ends")):
+            if getattr(self, name) and self.rule in BASELINES:
+                raise ConfigError(
+                    f"{name} = {getattr(self, name):g} {does} local learning end to end, and the baseline "
+                    f"{self.rule!r} trains end to end all the time; leave it out, or choose a local rule such as "
+                    "'glcan'."
+                )
+            if getattr(self, name) and self.memory is not None:
+                raise ConfigError(
+                    f"{name} = {getattr(self, name):g} has steps that train the whole model, and memory = "
+                    f"{self.memory!r} plans for the blocks alone; give blocks = 4 (or cuts) in place of memory."
+                )
+        most = self.freeze * (1 - self.finish)
+        if self.start and self.start > most:
             raise ConfigError(
-                f"finish = {self.finish:g} ends local learning end to end, and the baseline {self.rule!r} trains end "
-                "to end all the time; leave it out, or choose a local rule such as 'glcan'."
+                f"start = {self.start:g} is more than {most:g}, the share of the steps after which freeze = "
+                f"{self.freeze:g} and finish = {self.finish:g} leave the first block none of its own; lower --start."
             )
         if self.optimizer == "sgd" and self.nesterov and self.momentum == 0:
             raise ConfigError("nesterov = true needs momentum above 0; set --momentum 0.9 or --no-nesterov.")

@@ -25,6 +25,11 @@ def local_steps(config: RunConfig, steps_per_epoch: int) -> int:
     return max(1, min(total - 1, round(total * (1 - config.finish)))) if config.finish else total
 
 
+def start_steps(config: RunConfig, steps_per_epoch: int) -> int:
+    """Optimizer steps, at the beginning of the run, that train the whole model at once."""
+    return round(config.epochs * steps_per_epoch * config.start)
+
+
 def schedule_share(config: RunConfig, block: int, blocks: int) -> float:
     """The share of the steps before the finish in which a block, counted from 0, runs through the whole schedule.
 

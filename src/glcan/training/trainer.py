@@ -28,7 +28,7 @@ from glcan.training.environment import environment, resolve_device
 from glcan.training.evaluation import MEASURES, evaluate
 from glcan.training.progress import Reporter
 from glcan.training.run import Metric, RunDirectory, Summary, write_json
-from glcan.training.schedule import frozen_blocks, learning_rate, local_steps, schedule_share
+from glcan.training.schedule import frozen_blocks, learning_rate, local_steps, schedule_share, start_steps
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -361,9 +361,10 @@ class _Training:
         state.epoch_seconds += time.monotonic() - began
 
     def _set_rates(self) -> None:
-        """The learning rates of the step to come, and which blocks have come to the end of theirs."""
+        """The learning rates and the kind of the step to come, and which blocks have come to the end of theirs."""
         config, learner, step = self.config, self.learner, self.state.step
         blocks = learner.plan.blocks
+        learner.end_to_end = step < start_steps(config, self.steps_per_epoch)
         learner.frozen = frozen_blocks(config, step, self.steps_per_epoch, blocks)
         for block, optimizer in learner.optimizer_of.items():
             if block >= learner.frozen:
