@@ -48,12 +48,16 @@ class Comparison:
 
 COMPARISONS = {
     "fashion_mnist_resnet32": Comparison(
-        "fashion-mnist-resnet32", ("e2e", "checkpoint", "glcan:4", "glcan:16"), (0, 1, 2)
+        "fashion-mnist-resnet32",
+        ("e2e", "checkpoint", "glcan:4", "glcan:4+start", "glcan:16", "glcan:16+start"),
+        (0, 1, 2),
     ),
     "photographs_edsr_small": Comparison(
-        "photographs-edsr-small-x2", ("e2e", "checkpoint", "glcan:4", "glcan:4+finish")
+        "photographs-edsr-small-x2", ("e2e", "checkpoint", "glcan:4", "glcan:4+start")
     ),
-    "scenes_fcos_small": Comparison({"task": "detection"}, ("e2e", "checkpoint", "dgl:4", "glcan:4")),
+    "scenes_fcos_small": Comparison(
+        {"task": "detection"}, ("e2e", "checkpoint", "dgl:4", "dgl:4+start", "glcan:4", "glcan:4+start")
+    ),
 }
 
 
@@ -66,6 +70,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, help="default: the recipe's, like the next ones")
     parser.add_argument("--batch", type=int)
     parser.add_argument("--lr", type=float)
+    parser.add_argument("--start", type=float, help="of the methods with +start (default: the comparison's)")
+    parser.add_argument("--precision", choices=("fp32", "bf16"))
     parser.add_argument("--limit", type=int, help="use at most so many training images (default: all)")
     parser.add_argument("--data-root", type=Path, help="where the data set is (default: where glcan finds it)")
     parser.add_argument("--device", help="default: the first GPU, else the CPU")
@@ -80,7 +86,7 @@ def main() -> None:
     methods, seeds = options.methods or list(chosen.methods), options.seeds or list(chosen.seeds)
     out = options.out or Path("runs") / options.name
     results = options.results or RESULTS / options.name
-    names = ("epochs", "batch", "lr", "limit", "data_root", "device", "channels_last")
+    names = ("epochs", "batch", "lr", "start", "precision", "limit", "data_root", "device", "channels_last")
     changes = {name: value for name in names if (value := getattr(options, name)) is not None}
     try:
         config = chosen.config(**changes)
