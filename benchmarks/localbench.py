@@ -55,7 +55,7 @@ from glcan.training.trainer import to_device
 
 RESULTS = Path(__file__).parent / "results" / "localbench"
 PROBE_IMAGES = 5000
-FINISH = 0.1
+START, FINISH = 0.3, 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +95,7 @@ def _named(*names: str) -> tuple[Entry, ...]:
     return tuple(Entry(name, name) for name in names)
 
 
+_STARTED = tuple(Entry(f"{name}+start", name, start=START) for name in ("dgl", "glcan"))
 _FINISHED = tuple(Entry(f"{name}+finish", name, finish=FINISH) for name in ("dgl", "glcan"))
 _FASHION = {
     "model": "cifar_resnet32",
@@ -110,10 +111,10 @@ _FASHION = {
 _RULES = _named("e2e", "predsim", "dgl", "infopro", "auglocal", "man", "manpp", "glcan")
 
 BENCHES = {
-    "classification": Bench(_FASHION, _RULES + _FINISHED, (4, 16), (0.05, 0.1, 0.2), (0, 1, 2)),
+    "classification": Bench(_FASHION, _RULES + _STARTED + _FINISHED, (4, 16), (0.05, 0.1, 0.2), (0, 1, 2)),
     "detection": Bench(
         {"task": "detection", "val": 200},
-        _named("e2e", "dgl", "glcan"),
+        _named("e2e", "dgl", "glcan") + _STARTED,
         (4,),
         (1e-3, 2e-3, 4e-3),
         (0, 1),
@@ -121,7 +122,11 @@ BENCHES = {
     ),
     "super-resolution": Bench(
         {"task": "super-resolution", "val": 2, "epochs": 40},
-        (*_named("e2e", "glcan"), Entry("glcan+finish", "glcan", finish=FINISH)),
+        (
+            *_named("e2e", "glcan"),
+            Entry("glcan+start", "glcan", start=START),
+            Entry("glcan+finish", "glcan", finish=FINISH),
+        ),
         (4,),
         (5e-4, 1e-3, 2e-3),
         (0, 1),
@@ -235,6 +240,7 @@ class Plan:
             device=self.device,
         )
         what = config.model_dump(mode="json", exclude={"device", "data_root", "workers", "download"})
+        what = {name: value for name, value in what.items() if value}  # what is off may be newer than a run's file
         digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]
         label = f"{entry.name}-k{blocks}-lr{rate:g}-seed{seed}-{digest}"
         label = "".join(c if c.isalnum() or c in "-+." else "_" for c in label)
