@@ -180,7 +180,11 @@ def test_a_start_has_its_share_of_the_costs(tmp_path):
     assert beginning.flops > 1.2 * local["flops_per_step"]
     assert start["flops_per_step"] == round(0.75 * local["flops_per_step"] + 0.25 * beginning.flops)
     assert start["peak_bytes"] == max(local["peak_bytes"], beginning.peak_bytes)
-    assert costs.averaged({0: beginning}, {0: 1.0}) == beginning
+
+
+def test_a_finish_that_no_method_has_is_told(tmp_path, capsys):
+    compare(tiny(epochs=1, finish=0.25), ["e2e"], [0], tmp_path)
+    assert "finish = 0.25 is for methods with +finish, of which there are none" in capsys.readouterr().err
 
 
 def test_a_folder_with_other_files_and_a_file_are_refused(tmp_path):

@@ -31,7 +31,8 @@ REQUEST = "request.json"
 RESULT = "comparison.json"
 DOCUMENT = "comparison.md"
 
-DEFAULT_START = 0.3
+#: Of the methods with a start, where the settings have none: what brought most in pilots (docs/findings.md).
+DEFAULT_START = {"classification": 0.3, "super-resolution": 0.5, "detection": 0.5}
 DEFAULT_FINISH = 0.1
 
 
@@ -55,8 +56,8 @@ def compare(
     Args:
         config: data, model and schedule of all runs. ``seed``, ``rule`` and ``blocks`` come from the other arguments;
             ``cuts`` and ``rule_options`` go to the methods of ``config.rule``, ``start`` to those with a start,
-            ``finish`` and ``finish_lr`` to those with a finish; where the configuration has none, a start is 0.3 and a
-            finish 0.1 of the steps.
+            ``finish`` and ``finish_lr`` to those with a finish; where the configuration has none, a start is 0.3
+            of the steps (super-resolution and detection 0.5) and a finish 0.1.
         methods: "e2e", "checkpoint", "checkpoint-sqrt", or a rule with its number of blocks such as "glcan:4",
             "glcan:4+start" or "glcan:4+finish".
         seeds: of the initial weights, the order of the images and their augmentation; one run each.
@@ -87,6 +88,11 @@ def compare(
         if getattr(config, name) and all(method.rule != config.rule for method in parsed):
             console.print(
                 f"{name} = {getattr(config, name)} are for rule {config.rule!r}, which no method uses: left out"
+            )
+    for name in ("start", "finish"):
+        if getattr(config, name) and not any(getattr(method, name) for method in parsed):
+            console.print(
+                f"{name} = {getattr(config, name):g} is for methods with +{name}, of which there are none: left out"
             )
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / REQUEST, request)
@@ -201,7 +207,7 @@ def _configs(config: RunConfig, methods: list[Method], seeds: Sequence[int]) -> 
             "memory": None,
             "recompute": False,
             "rule_options": {},
-            "start": (config.start or DEFAULT_START) if method.start else 0.0,
+            "start": (config.start or DEFAULT_START[config.task]) if method.start else 0.0,
             "finish": (config.finish or DEFAULT_FINISH) if method.finish else 0.0,
             "finish_lr": config.finish_lr if method.finish else None,
         }
