@@ -166,7 +166,8 @@ class Isolation(TorchFunctionMode):
 
     Attributes:
         isolating: whether gradients are kept from crossing. If not, the callback is called all the same, but the model
-            is one piece: its graph is that of plain back-propagation. May be set between two runs.
+            is one piece: its graph is that of plain back-propagation. May be set between two runs, to false after a
+            first one, or with `crossings` of another object for the same model and cuts.
         crossings: for each cut, what crossed it when gradients were last kept from it: which of the tensors in the
             unit's arguments, and the numbers of those that passed by. Without isolation the tensors do not show it.
 

@@ -79,7 +79,7 @@ class LocalLearner:
             zero by then.
         end_to_end: while it is true, a step trains the whole model at once, with activation checkpointing of each unit,
             and the auxiliary networks beside it, which send the model no gradient. False at first; may be set between
-            two steps. See docs/training.md, "End to end first".
+            two steps. See docs/training.md, "Start, freeze, finish".
         after_block: if set, called with a block's name when it has been trained, before the next one begins.
 
     Parameters that are used in several blocks (tied weights) get the sum of the blocks' gradients, and `step` updates
