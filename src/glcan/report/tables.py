@@ -70,7 +70,8 @@ def terminal(comparison: Comparison) -> Table:
         text = breaks.get(header[i], header[i].replace(" ", "\n"))
         table.add_column(text, justify="right" if i else "left", no_wrap=True)
     for row in rows(comparison):
-        table.add_row(*(row[i].replace(" (", "\n(").replace(" ±", "\n±") for i in shown))
+        name, *cells = (row[i].replace(" (", "\n(").replace(" ±", "\n±") for i in shown)
+        table.add_row(name.replace("+", "\n+"), *cells)  # glcan:4+start
     return table
 
 
