@@ -152,7 +152,8 @@ def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert Path("elsewhere/one.png").is_file()
     glcan("compare", "detection", "--out", "compared", "--quiet", "--share-exact", *small)
     compared = json.loads(Path("compared/comparison.json").read_text())
-    assert [method["name"] for method in compared["methods"]] == ["e2e", "checkpoint", "dgl:4", "glcan:4"]
+    methods = ["e2e", "checkpoint", "dgl:4", "glcan:4", "glcan:4+start"]
+    assert [method["name"] for method in compared["methods"]] == methods
     assert {method["metric"]["name"] for method in compared["methods"]} == {"test_map"}
 
 
