@@ -32,7 +32,10 @@ from torch.overrides import _get_current_function_mode as _top_mode
 
 from glcan.errors import CutError, UnknownName
 
-__all__ = ["Boundary", "Isolation", "leaked_parameters", "overridden", "tensors_in"]
+__all__ = ["Boundary", "Crossings", "Isolation", "leaked_parameters", "overridden", "tensors_in"]
+
+#: For each cut, what crosses it: places among the tensors in the unit's arguments, and numbers of those that pass by.
+Crossings = dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
 
 _TAG = "_glcan_tag"
 _CALL = 32  # bits of a tensor's number for its place after a unit's call
@@ -168,8 +171,8 @@ class Isolation(TorchFunctionMode):
         isolating: whether gradients are kept from crossing. If not, the callback is called all the same, but the model
             is one piece: its graph is that of plain back-propagation. May be set between two runs, to false after a
             first one, or with `crossings` of another object for the same model and cuts.
-        crossings: for each cut, what crossed it when gradients were last kept from it: which of the tensors in the
-            unit's arguments, and the numbers of those that passed by. Without isolation the tensors do not show it.
+        crossings: what crossed each cut when gradients were last kept from it. Without isolation the tensors do not
+            show it.
 
     Raises:
         UnknownName: a unit or a cut is not there.
@@ -195,7 +198,7 @@ class Isolation(TorchFunctionMode):
         self.cuts = tuple(cuts)
         self.on_boundary = on_boundary
         self.isolating = True
-        self.crossings: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+        self.crossings: Crossings = {}
         self.held = {cut: frozenset(numbers) for cut, numbers in (held or {}).items()}
         self._entered: contextlib.ExitStack | None = None
         self._reset()

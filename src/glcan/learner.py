@@ -17,7 +17,7 @@ from glcan.checkpointing import checkpointed, in_parts, segments_of, with_large_
 from glcan.dryrun import dry_run
 from glcan.errors import CheckpointError, ConfigError, CutError, GradientLeak
 from glcan.estimate import Estimate, auxiliary_costs, measure_pieces
-from glcan.isolation import Boundary, Isolation, leaked_parameters, overridden, tensors_in
+from glcan.isolation import Boundary, Crossings, Isolation, leaked_parameters, overridden, tensors_in
 from glcan.plan import Plan, cut_places, longest_end, make_plan
 from glcan.profile import Feature, Profile, read_feature
 from glcan.profile import profile as take_profile
@@ -30,7 +30,6 @@ __all__ = ["LocalLearner"]
 
 OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
 _Crossing = dict[str, tuple[Feature, ...]]  # by the name of the cut
-_Crossings = dict[str, tuple[tuple[int, ...], tuple[int, ...]]]  # see Isolation
 
 
 class LocalLearner:
@@ -158,7 +157,7 @@ class LocalLearner:
         self.names = names = self.plan.names
         self._users = self._find_users()
         skipping: _Crossing = {}
-        crossings: _Crossings = {}
+        crossings: Crossings = {}
         if self.plan.blocks > 1:
             entering, skipping, crossings = self._survey(batch, leak_check)
             self.plan = self.plan.entered_by(entering)
@@ -186,6 +185,7 @@ class LocalLearner:
             held={cut: self.profile.crossing[cut] for cut in self.plan.cuts},
         )
         self._isolation.crossings = crossings
+        self._segments = [run for run in segments_of(self.profile) if run[0] not in self.profile.parted]
         self._recomputed = self._find_recomputed()
         self.after_block: Callable[[str], None] | None = None
         self.frozen = 0
@@ -254,11 +254,7 @@ class LocalLearner:
         wanted = {u.name for k, b in enumerate(self.plan.units) if self.names[k] in self.plan.recompute for u in b}
         together = self.plan.recomputed_units
         wanted.update(names[0] for names in together if len(names) == 1)
-        return [run for run in self._segments() if run[0] in wanted] + [names for names in together if len(names) > 1]
-
-    def _segments(self) -> list[list[str]]:
-        """All chains of units that can be recomputed by themselves."""
-        return [run for run in segments_of(self.profile) if run[0] not in self.profile.parted]
+        return [run for run in self._segments if run[0] in wanted] + [names for names in together if len(names) > 1]
 
     def _check_trained(self) -> None:
         for k, cut in enumerate(self.plan.cuts):
@@ -295,7 +291,7 @@ class LocalLearner:
                 self.optimizer_of[k] = optimizer
                 self.optimizers.append(optimizer)
 
-    def _survey(self, batch: tuple[Any, ...], leak_check: bool) -> tuple[_Crossing, _Crossing, _Crossings]:
+    def _survey(self, batch: tuple[Any, ...], leak_check: bool) -> tuple[_Crossing, _Crossing, Crossings]:
         """A dry run with the cuts: what of a block's own enters the unit at each of them, and what passes it by.
 
         And how these tensors are found again, see `Isolation.crossings`.
@@ -305,7 +301,7 @@ class LocalLearner:
         """
         names = {id(p): name for name, p in self.model.named_parameters()}
 
-        def check(model: nn.Module, batch: tuple[Any, ...]) -> tuple[_Crossing, _Crossing, _Crossings]:
+        def check(model: nn.Module, batch: tuple[Any, ...]) -> tuple[_Crossing, _Crossing, Crossings]:
             entering: _Crossing = {}
             skipping: _Crossing = {}
             twins = {name: p for name, p in model.named_parameters()}
@@ -444,7 +440,7 @@ class LocalLearner:
             args, kwargs = tree_map_only(Tensor, Tensor.clone, (args, kwargs))
         isolation.on_boundary, isolation.isolating = at_cut, not self.end_to_end
         last = self.plan.blocks - 1
-        recomputed = self._segments() if self.end_to_end else self._recomputed
+        recomputed = self._segments if self.end_to_end else self._recomputed
         with (
             self.task.running(self.model) if last else contextlib.nullcontext(),
             in_parts(self.model, self.profile.parted if last else ()),
