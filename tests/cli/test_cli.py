@@ -291,7 +291,7 @@ def test_compare(glcan, tmp_path):
 
 
 def start(*arguments):
-    command = [sys.executable, "-m", "glcan.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "glcan", *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
