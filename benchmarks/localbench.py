@@ -355,9 +355,20 @@ def alone(job: Job, threads: int) -> str:
             return f"{job.file.stem}: its process was killed, perhaps for want of memory; try --jobs 1"
 
 
+def taken_over(job: Job) -> bool:
+    """Whether another bench or row has made the very same run: then its record is this row's, too."""
+    digest = job.file.stem.rpartition("-")[2]
+    made = next(iter(sorted(job.file.parent.parent.glob(f"*/*-{digest}.json"))), None)
+    if made is None:
+        return False
+    job.file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(job.file, read(made) | job.row)
+    return True
+
+
 def work(jobs: Iterable[Job], count: int, title: str, console: Console) -> None:
     """Make the runs that are not there yet, ``count`` side by side; stop with their errors after all are done."""
-    missing = list({job.file: job for job in jobs if not job.file.exists()}.values())
+    missing = list({job.file: job for job in jobs if not (job.file.exists() or taken_over(job))}.values())
     if not missing:
         return
     threads = max(1, (os.cpu_count() or 1) // count)

@@ -73,9 +73,19 @@ def test_what_is_there_is_not_made_again(localbench, plan):
     assert {path: path.stat().st_mtime_ns for path in plan.results.glob("*-k*.json")} == before
 
 
+def test_a_run_that_another_bench_has_made_is_not_made_again(localbench, plan):
+    bench = dataclasses.replace(plan.bench, entries=(localbench.Entry("as dgl", "dgl"),), rates=(0.1,), seeds=(0,))
+    other = localbench.Plan("other", bench, plan.results.parent / "other", plan.runs, "cpu")
+    (job,) = other.final()
+    localbench.work([job], 1, "other", Console(quiet=True))
+    (made,) = [r for r in records(plan) if (r["entry"], r["lr"], r["seed"]) == ("dgl", 0.1, 0)]
+    assert not (plan.runs / "other").exists()
+    assert json.loads(job.file.read_text()) == made | {"bench": "other", "entry": "as dgl"}
+
+
 def test_more_jobs_than_a_process_pool_would_have_survived(localbench, tmp_path, monkeypatch):
     monkeypatch.setattr(localbench, "run", operator.is_)  # what a new process can import; false: nothing went wrong
-    jobs = [SimpleNamespace(file=tmp_path / f"{i}.json") for i in range(5)]
+    jobs = [SimpleNamespace(file=tmp_path / f"bench/{i}.json") for i in range(5)]
     localbench.work(jobs, 1, "many", Console(quiet=True))
 
 
