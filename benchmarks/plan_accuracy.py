@@ -119,7 +119,7 @@ def planned(arguments: list[str]) -> dict[str, Any]:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     start = time.perf_counter()
     process = subprocess.Popen(
-        [sys.executable, "-m", "glcan.cli", "plan", *arguments, "--json"],
+        [sys.executable, "-m", "glcan", "plan", *arguments, "--json"],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,

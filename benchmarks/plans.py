@@ -73,7 +73,7 @@ def main() -> None:
             for blocks in numbers:
                 arguments = [model, "--task", task, *usual, *more, "--blocks", str(blocks), "--json"]
                 print("glcan plan", *arguments, flush=True)
-                command = [sys.executable, "-m", "glcan.cli", "plan", *arguments]
+                command = [sys.executable, "-m", "glcan", "plan", *arguments]
                 found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
                 plans.append({"command": " ".join(["glcan plan", *arguments]), **json.loads(found)})
         _insert(DOCS / page, _table([plan for plan in plans if plan["task"] == task]))
