@@ -16,6 +16,7 @@ from glcan.report import Method, parse_method, parse_methods
         ("dgl:04 + finish", Method("dgl:4+finish", "dgl", 4, finish=True)),
         ("dgl:4+start", Method("dgl:4+start", "dgl", 4, start=True)),
         ("dgl:4 +start +finish", Method("dgl:4+start+finish", "dgl", 4, start=True, finish=True)),
+        ("dgl:4+finish+start", Method("dgl:4+start+finish", "dgl", 4, start=True, finish=True)),
     ],
 )
 def test_a_method_is_a_baseline_or_a_rule_with_its_blocks(text, method):
@@ -52,8 +53,12 @@ def test_a_rule_needs_its_blocks_and_a_baseline_takes_none():
         parse_method("checkpoint+finish")
     with pytest.raises(ConfigError, match="gives a start to 'e2e'"):
         parse_method("e2e+start")
-    with pytest.raises(ConfigError, match="no positive integer"):
-        parse_method("glcan:4+finish+start")
+
+
+@pytest.mark.parametrize(("text", "match"), [("4+strat", r"has '\+strat'; .*'\+start'"), ("4+start+start", "twice")])
+def test_what_follows_the_blocks_is_a_start_or_a_finish(text, match):
+    with pytest.raises(ConfigError, match=match):
+        parse_method(f"glcan:{text}")
 
 
 def test_methods_are_kept_in_order_and_named_once():

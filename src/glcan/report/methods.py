@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from glcan import rules
 from glcan.errors import ConfigError, UnknownName
 
-_START, _FINISH = "+start", "+finish"
+_PHASES = ("start", "finish")
 
 
 @dataclass(frozen=True)
@@ -45,20 +45,20 @@ def parse_method(text: str) -> Method:
 
     Raises:
         UnknownName: no rule has this name.
-        ConfigError: the number of blocks is missing, is no positive integer, or was given to a baseline.
+        ConfigError: the number of blocks is missing, is no positive integer, or was given to a baseline; or what
+            follows it is not known.
     """
-    local = "".join(text.split())
-    finish = local.endswith(_FINISH)
-    local = local.removesuffix(_FINISH)
-    start = local.endswith(_START)
-    rule, colon, blocks = local.removesuffix(_START).partition(":")
+    local, *phases = "".join(text.split()).split("+")
+    rule, colon, blocks = local.partition(":")
     known = rules.names()
     if rule not in known:
         raise UnknownName("method", rule, known, hint="A rule is followed by its number of blocks, as in 'glcan:4'.")
     if rule in rules.BASELINES:
-        if start or finish:
-            part = "start" if start else "finish"
-            raise ConfigError(f"Method {text!r} gives a {part} to {rule!r}, which trains end to end all the time.")
+        if phases:
+            raise ConfigError(
+                f"Method {text!r} gives a {phases[0]} to {rule!r}, which trains end to end all the time. "
+                f"Write {rule!r} alone."
+            )
         if colon:
             raise ConfigError(
                 f"Method {text!r} gives a number of blocks to {rule!r}, which trains end to end in one block. "
@@ -68,8 +68,15 @@ def parse_method(text: str) -> Method:
     if not blocks.isdecimal() or int(blocks) < 1:
         stated = f"the number of blocks {blocks!r}, which is no positive integer" if colon else "no number of blocks"
         raise ConfigError(f"Method {text!r} has {stated}. Write the rule and its blocks, as in '{rule}:4'.")
-    name = f"{rule}:{int(blocks)}{_START if start else ''}{_FINISH if finish else ''}"
-    return Method(name, rule, int(blocks), start, finish)
+    for phase in phases:
+        if phase not in _PHASES or phases.count(phase) > 1:
+            how = " twice" if phase in _PHASES else ""
+            raise ConfigError(
+                f"Method {text!r} has '+{phase}'{how}; after the number of blocks there may be '+start' and '+finish', "
+                "each once."
+            )
+    name = "+".join([f"{rule}:{int(blocks)}", *(phase for phase in _PHASES if phase in phases)])
+    return Method(name, rule, int(blocks), start="start" in phases, finish="finish" in phases)
 
 
 def parse_methods(texts: Sequence[str]) -> list[Method]:
