@@ -26,6 +26,7 @@ import multiprocessing
 import os
 import statistics
 import sys
+import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
@@ -342,13 +343,26 @@ def linear_probes(learner: LocalLearner, data: Any, config: RunConfig) -> list[f
     return accuracies
 
 
+def end_with_parent() -> None:
+    """In a process of `alone`: end it when the bench is gone, killed by the system or by a user, and go on no more."""
+
+    def watch() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def alone(job: Job, threads: int) -> str:
     """`run` in a process of its own, whose memory is given back and whose end by the system is no end of the bench.
 
     One pool for all jobs with ``max_tasks_per_child`` would be shorter, but it stops for good when all of its processes
     have made their share (https://github.com/python/cpython/issues/115634).
     """
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, initializer=end_with_parent) as pool:
         try:
             return pool.submit(run, job, threads).result()
         except BrokenProcessPool:
