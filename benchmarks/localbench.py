@@ -344,7 +344,7 @@ def linear_probes(learner: LocalLearner, data: Any, config: RunConfig) -> list[f
 
 
 def end_with_parent() -> None:
-    """In a process of `alone`: end it when the bench is gone, killed by the system or by a user, and go on no more."""
+    """Begun in a process of `alone`: ends it when the bench is gone, killed by the system or by a user."""
 
     def watch() -> None:
         parent = multiprocessing.parent_process()
@@ -372,7 +372,7 @@ def alone(job: Job, threads: int) -> str:
 def taken_over(job: Job) -> bool:
     """Whether another bench or row has made the very same run: then its record is this row's, too."""
     digest = job.file.stem.rpartition("-")[2]
-    made = next(iter(sorted(job.file.parent.parent.glob(f"*/*-{digest}.json"))), None)
+    made = min(job.file.parent.parent.glob(f"*/*-{digest}.json"), default=None)
     if made is None:
         return False
     job.file.parent.mkdir(parents=True, exist_ok=True)
