@@ -143,8 +143,8 @@ BENCHES = {
         _FASHION,
         (
             Entry("glcan", "glcan"),
+            Entry("both branches", "glcan", {"use_local": True}),
             Entry("local only", "glcan", {"use_global": False}),
-            Entry("global only", "glcan", {"use_local": False}),
             Entry("backbone units", "glcan", {"unit": "backbone"}),
             Entry("backbone units, momentum", "glcan", {"unit": "backbone", "momentum": 0.99}),
             *(Entry(f"depth {depth}", "glcan", {"depth": depth}) for depth in (1, 2, 8)),

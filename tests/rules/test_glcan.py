@@ -83,7 +83,7 @@ def test_width_overrides_the_budget() -> None:
 
 @pytest.mark.parametrize("build", [resnet, vit])
 def test_branches_can_be_switched_off(build: Any) -> None:
-    both, local, far = (learner(build(), **o) for o in ({}, {"use_global": False}, {"use_local": False}))
+    both, local, far = (learner(build(), **o) for o in ({"use_local": True}, {"use_global": False}, {"use_local": False}))
 
     def convolutions(mine: LocalLearner) -> int:
         return sum(isinstance(m, nn.Conv2d) for m in mine.auxiliary.modules())
@@ -96,6 +96,23 @@ def test_branches_can_be_switched_off(build: Any) -> None:
     assert convolutions(far) == convolutions(both)
     widths = [mine.auxiliary["block1"].head.in_features for mine in (both, local, far)]
     assert widths[0] == widths[1] + widths[2]
+
+
+def has_local_branch(mine: LocalLearner) -> list[bool]:
+    return [network.norm is not None for network in mine.auxiliary.values()]
+
+
+def test_no_local_branch_where_the_skeleton_can_do_without() -> None:
+    assert has_local_branch(learner()) == [False] * 3
+    assert has_local_branch(learner(use_local=True)) == [True] * 3
+    assert has_local_branch(learner(use_global=False)) == [True] * 3
+    # class tokens, which the skeleton does not read
+    assert has_local_branch(learner(vit())) == [True] * 3
+    assert has_local_branch(learner(vit(), use_local=False)) == [False] * 3
+    # narrower than 32 classes: 16 channels are, the 32 behind the last cut are not
+    many = learner(create("cifar_resnet32", num_classes=32), width=0.5)
+    assert [network.skeleton.narrowest for network in many.auxiliary.values()] == [16, 16, 32]
+    assert has_local_branch(many) == [True, True, False]
 
 
 def test_the_skeleton_stands_for_the_stages_to_come() -> None:

@@ -80,7 +80,8 @@ class GLCAN(Rule):
             memory: bytes that an auxiliary network may hold, in multiples of the model's largest boundary. With 2, it
                 hardly ever sets the peak: the backward pass of a block that ends at that boundary needs as much anyway.
             depth: of the skeleton, at least: with fewer stages to come, the last one's unit is repeated.
-            use_local: the local branch.
+            use_local: the local branch; none: on, but for classification only where the skeleton cannot do without: where
+                it is narrower than there are classes, or special tokens or other tensors enter, which it does not read.
             use_global: the global branch.
             width: channels of the skeleton's units as a share of the real stages'; none: solved for the budget.
             unit: "conv" (a 3x3 convolution), or "backbone" (a full-width copy of the remaining stages' first units,
@@ -105,7 +106,7 @@ class GLCAN(Rule):
         unit_cost: float = 0.5
         memory: float = 2.0
         depth: int = 4
-        use_local: bool = True
+        use_local: bool | None = None
         use_global: bool = True
         width: float | None = None
         unit: Literal["conv", "backbone"] = "conv"
@@ -130,7 +131,7 @@ class GLCAN(Rule):
                 raise ConfigError(
                     f"glcan.memory is {self.memory}; it must be positive, 2 for twice the largest boundary."
                 )
-            if not (self.use_local or self.use_global):
+            if self.use_local is False and not self.use_global:
                 raise ConfigError("glcan.use_local and glcan.use_global are both off; leave at least one branch on.")
             if self.width is not None and not 0 < self.width <= 4:
                 raise ConfigError(f"glcan.width is {self.width}; it must lie in (0, 4], 1 for the real stages' width.")
@@ -167,6 +168,15 @@ class GLCAN(Rule):
             return self._detection(site, site.task)
         raise ConfigError(f"The rule 'glcan' serves {', '.join(self.tasks)}, not {site.task.name!r}.")
 
+    def _local(self, site: Site, skeleton: Skeleton | BackboneSkeleton | None) -> bool:
+        """Whether an auxiliary network of classification has a local branch."""
+        if self.config.use_local is not None:
+            return self.config.use_local
+        assert isinstance(site.task, Classification)
+        assert site.task.classes is not None
+        alone = len(site.features) == 1 and not site.trunk.prefix
+        return skeleton is None or not alone or skeleton.narrowest < site.task.classes
+
     def _share(self, site: Site) -> float:
         """Forward FLOPs that an auxiliary network may cost, for the whole batch."""
         weighted = sum(unit.weights > 0 for unit in site.profile.units)
@@ -202,14 +212,14 @@ class GLCAN(Rule):
         else:
             width = fit_width(features, levels, _TOWER, classes, each)
         head = DenseHead(width, _TOWER, classes, scale_of(site.model, site.profile))
-        return DetectionAuxiliary(features, read, levels, task, transform, head, width, self.config.use_local)
+        return DetectionAuxiliary(features, read, levels, task, transform, head, width, self.config.use_local is not False)
 
     def _super_resolution(self, site: Site, task: SuperResolution) -> nn.Module:
         assert task.channels is not None
         feature = site.trunk
         image = site.profile.image or feature.grid
         scale = max(1, round(task.scale * image[0] / feature.grid[0]))
-        local, wide = self.config.use_local, self.config.use_global
+        local, wide = self.config.use_local is not False, self.config.use_global
         each = self._share(site) / (site.profile.batch * math.prod(feature.grid))
         kernel, context = fit(feature.channels, task.channels, scale, local, wide, each)
         if wide and self.config.width is not None:
@@ -231,7 +241,7 @@ class GLCAN(Rule):
             grid = levels[0].grid
             skeleton = self._skeleton(site, feature, levels)
         behind = site.profile.units[site.cut.index - 1].kind
-        local = self.config.use_local
+        local = self._local(site, skeleton)
         return ClassificationAuxiliary(site.main, site.features, grid, local, skeleton, task.classes, behind)
 
     def _units_ahead(self, site: Site) -> list[Unit]:

@@ -137,6 +137,7 @@ class Skeleton(nn.Module):
             channels = width
         self.units = nn.Sequential(*layers)
         self.channels = channels
+        self.narrowest = min(widths)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -156,7 +157,7 @@ class BackboneSkeleton(nn.Module):
         last = site.profile.unit(self.names[-1]).output
         assert last is not None
         self.feature = last
-        self.channels = last.channels
+        self.channels = self.narrowest = last.channels
 
     def forward(self, tensor: Tensor) -> Tensor:
         """The entering tensor in the model's own layout -> [B, channels]."""
