@@ -154,7 +154,7 @@ BENCHES = {
             ),
         ),
         (4, 16),
-        (0.1,),
+        (0.2,),  # the choice of `glcan` with four blocks in the bench of classification
         (0, 1),
     ),
 }
