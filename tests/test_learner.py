@@ -356,6 +356,22 @@ def test_end_to_end_steps_need_the_memory_of_checkpointing_and_no_block_frozen()
         mine.step(*sample)
 
 
+@pytest.mark.parametrize("end_to_end", [False, True])
+def test_thawed_blocks_have_the_gradients_of_blocks_never_frozen(end_to_end: bool) -> None:
+    build, sample = MODELS["cifar_resnet20"]
+    thawed, never = (LocalLearner(built(build), sample=sample, blocks=3) for _ in range(2))
+    thawed.frozen = 2
+    thawed.backward(*sample)
+    for mine in (thawed, never):
+        mine.frozen, mine.end_to_end = 0, end_to_end
+        mine.model.load_state_dict(built(build).state_dict())
+        for parameter in (*mine.model.parameters(), *mine.auxiliary.parameters()):
+            parameter.grad = None
+        mine.backward(*sample)
+    for ours, theirs in zip(thawed.model.parameters(), never.model.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad)
+
+
 def test_end_to_end_clips_each_block_and_scales_for_float16() -> None:
     plain_sgd = partial(torch.optim.SGD, lr=1.0)
     clipped = LocalLearner(built(Small), sample=TINY, blocks=3, optimizer=plain_sgd, clip_norm=0.1)
