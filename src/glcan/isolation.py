@@ -171,8 +171,8 @@ class Isolation(TorchFunctionMode):
         isolating: whether gradients are kept from crossing. If not, the callback is called all the same, but the model
             is one piece: its graph is that of plain back-propagation. May be set between two runs, to false after a
             first one, or with `crossings` of another object for the same model and cuts.
-        crossings: what crossed each cut when gradients were last kept from it and its block had a graph. Else the
-            tensors do not show it.
+        crossings: what crossed each cut when gradients were last kept from it. Without isolation the tensors do not
+            show it.
 
     Raises:
         UnknownName: a unit or a cut is not there.
@@ -353,10 +353,9 @@ class Isolation(TorchFunctionMode):
         with self.suspended():
             given = [self.twin(tensor) for tensor in tensors_in((args, kwargs))]
             if self.isolating:
-                places = tuple(i for i, t in enumerate(given) if t.requires_grad and not isinstance(t, nn.Parameter))
-                if places or cut not in self.crossings:  # else the block has run without a graph
-                    numbers = tuple(n for n in sorted(self.held.get(cut, ())) if self._is_of_this_block(n))
-                    self.crossings[cut] = places, numbers
+                places = (i for i, t in enumerate(given) if t.requires_grad and not isinstance(t, nn.Parameter))
+                numbers = (n for n in sorted(self.held.get(cut, ())) if self._is_of_this_block(n))
+                self.crossings[cut] = tuple(places), tuple(numbers)
         crossing, passing = self.crossings[cut]
         entering = {id(given[i]): given[i] for i in crossing if i < len(given)}
         skipping = {id(t): t for n in passing if (t := self._kept.get(n)) is not None}

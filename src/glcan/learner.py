@@ -472,6 +472,7 @@ class LocalLearner:
         if not self.frozen:
             yield
             return
+        crossings = dict(self._isolation.crossings)  # what crosses the cuts does not show without a graph
         module = self.model.get_submodule(self.plan.cuts[self.frozen - 1])
         forward = module.forward
 
@@ -479,8 +480,11 @@ class LocalLearner:
             torch.set_grad_enabled(True)
             return forward(*args, **kwargs)
 
-        with torch.no_grad(), overridden([(module, begin)]):
-            yield
+        try:
+            with torch.no_grad(), overridden([(module, begin)]):
+                yield
+        finally:
+            self._isolation.crossings = crossings
 
     def _local_backward(self, boundary: Boundary, batch: tuple[Any, ...], backward: Callable[[Tensor], None]) -> Tensor:
         """A block's local loss, detached, after its backward pass."""
