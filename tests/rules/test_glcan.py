@@ -83,7 +83,8 @@ def test_width_overrides_the_budget() -> None:
 
 @pytest.mark.parametrize("build", [resnet, vit])
 def test_branches_can_be_switched_off(build: Any) -> None:
-    both, local, far = (learner(build(), **o) for o in ({"use_local": True}, {"use_global": False}, {"use_local": False}))
+    options = ({"use_local": True}, {"use_global": False}, {"use_local": False})
+    both, local, far = (learner(build(), **chosen) for chosen in options)
 
     def convolutions(mine: LocalLearner) -> int:
         return sum(isinstance(m, nn.Conv2d) for m in mine.auxiliary.modules())

@@ -80,8 +80,9 @@ class GLCAN(Rule):
             memory: bytes that an auxiliary network may hold, in multiples of the model's largest boundary. With 2, it
                 hardly ever sets the peak: the backward pass of a block that ends at that boundary needs as much anyway.
             depth: of the skeleton, at least: with fewer stages to come, the last one's unit is repeated.
-            use_local: the local branch; none: on, but for classification only where the skeleton cannot do without: where
-                it is narrower than there are classes, or special tokens or other tensors enter, which it does not read.
+            use_local: the local branch; none: on, but for classification only where the skeleton cannot do without it:
+                where that is narrower than there are classes, or special tokens or other tensors enter, which it does
+                not read.
             use_global: the global branch.
             width: channels of the skeleton's units as a share of the real stages'; none: solved for the budget.
             unit: "conv" (a 3x3 convolution), or "backbone" (a full-width copy of the remaining stages' first units,
@@ -212,7 +213,8 @@ class GLCAN(Rule):
         else:
             width = fit_width(features, levels, _TOWER, classes, each)
         head = DenseHead(width, _TOWER, classes, scale_of(site.model, site.profile))
-        return DetectionAuxiliary(features, read, levels, task, transform, head, width, self.config.use_local is not False)
+        local = self.config.use_local is not False
+        return DetectionAuxiliary(features, read, levels, task, transform, head, width, local)
 
     def _super_resolution(self, site: Site, task: SuperResolution) -> nn.Module:
         assert task.channels is not None
