@@ -169,14 +169,9 @@ class GLCAN(Rule):
             return self._detection(site, site.task)
         raise ConfigError(f"The rule 'glcan' serves {', '.join(self.tasks)}, not {site.task.name!r}.")
 
-    def _local(self, site: Site, skeleton: Skeleton | BackboneSkeleton | None) -> bool:
-        """Whether an auxiliary network of classification has a local branch."""
-        if self.config.use_local is not None:
-            return self.config.use_local
-        assert isinstance(site.task, Classification)
-        assert site.task.classes is not None
-        alone = len(site.features) == 1 and not site.trunk.prefix
-        return skeleton is None or not alone or skeleton.narrowest < site.task.classes
+    def _local(self, needed: bool = True) -> bool:
+        """Whether there is a local branch: as the user says, else where it is needed."""
+        return needed if self.config.use_local is None else self.config.use_local
 
     def _share(self, site: Site) -> float:
         """Forward FLOPs that an auxiliary network may cost, for the whole batch."""
@@ -213,15 +208,14 @@ class GLCAN(Rule):
         else:
             width = fit_width(features, levels, _TOWER, classes, each)
         head = DenseHead(width, _TOWER, classes, scale_of(site.model, site.profile))
-        local = self.config.use_local is not False
-        return DetectionAuxiliary(features, read, levels, task, transform, head, width, local)
+        return DetectionAuxiliary(features, read, levels, task, transform, head, width, self._local())
 
     def _super_resolution(self, site: Site, task: SuperResolution) -> nn.Module:
         assert task.channels is not None
         feature = site.trunk
         image = site.profile.image or feature.grid
         scale = max(1, round(task.scale * image[0] / feature.grid[0]))
-        local, wide = self.config.use_local is not False, self.config.use_global
+        local, wide = self._local(), self.config.use_global
         each = self._share(site) / (site.profile.batch * math.prod(feature.grid))
         kernel, context = fit(feature.channels, task.channels, scale, local, wide, each)
         if wide and self.config.width is not None:
@@ -243,7 +237,8 @@ class GLCAN(Rule):
             grid = levels[0].grid
             skeleton = self._skeleton(site, feature, levels)
         behind = site.profile.units[site.cut.index - 1].kind
-        local = self._local(site, skeleton)
+        unread = len(site.features) > 1 or site.trunk.prefix > 0  # by the skeleton
+        local = self._local(skeleton is None or unread or skeleton.narrowest < task.classes)
         return ClassificationAuxiliary(site.main, site.features, grid, local, skeleton, task.classes, behind)
 
     def _units_ahead(self, site: Site) -> list[Unit]:
