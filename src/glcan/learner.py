@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -168,7 +169,7 @@ class LocalLearner:
                     Site(model, self.profile, self.task, cut, self.plan.blocks, i, skipping.get(cut.name, ()))
                 )
                 for i, (name, (cut, *_)) in enumerate(zip(names, self.plan.units[1:], strict=False))
-                if self._entering(i)
+                if self._entering(i) and self.rule.joint(self.task).weight < 1
             }
         )
         like = next((p for p in model.parameters() if p.is_floating_point()), None)
@@ -187,6 +188,7 @@ class LocalLearner:
         self._isolation.crossings = crossings
         self._segments = [run for run in segments_of(self.profile) if run[0] not in self.profile.parted]
         self._recomputed = self._find_recomputed()
+        self._joint_recomputed = self._find_joint_recomputed()
         self.after_block: Callable[[str], None] | None = None
         self.frozen = 0
         self.end_to_end = False
@@ -255,6 +257,11 @@ class LocalLearner:
         together = self.plan.recomputed_units
         wanted.update(names[0] for names in together if len(names) == 1)
         return [run for run in self._segments if run[0] in wanted] + [names for names in together if len(names) > 1]
+
+    def _find_joint_recomputed(self) -> list[list[str]]:
+        """The chains that are recomputed for joint images: all, where these would save more than the largest block."""
+        saved = [sum(unit.saved_bytes for unit in block) for block in self.plan.units]
+        return self._segments if self.rule.joint(self.task).share * sum(saved) > max(saved) else []
 
     def _check_trained(self) -> None:
         for k, cut in enumerate(self.plan.cuts):
@@ -388,6 +395,7 @@ class LocalLearner:
         optimizer.zero_grad(set_to_none=True)
 
     def _run(self, batch: tuple[Any, ...], scaler: Any, finish: Callable[[int], None] | None) -> dict[str, Tensor]:
+        """One training pass; ``finish`` is called with a block's index when its gradients are complete."""
         if not 0 <= self.frozen < self.plan.blocks:
             raise ConfigError(
                 f"frozen is {self.frozen}, but of {self.plan.blocks} blocks 0 to {self.plan.blocks - 1} can be frozen: "
@@ -397,15 +405,100 @@ class LocalLearner:
             raise ConfigError(
                 f"frozen is {self.frozen}, but end_to_end trains every block. Set frozen to 0, or end_to_end to False."
             )
+        count = self._joint_images(batch)
+        if count:
+            return self._run_joint(batch, count, scaler, finish)
+        return self._run_blocks(batch, scaler, finish)
+
+    def _joint_images(self, batch: tuple[Any, ...]) -> int:
+        """How many images of a batch are trained jointly, see `glcan.rules.Joint`."""
+        joint = self.rule.joint(self.task)
+        if not joint.share or self.plan.blocks == 1 or self.end_to_end:
+            return 0
+        return max(math.floor(joint.share * len(batch[0])), joint.weight == 1)
+
+    def _run_joint(
+        self, batch: tuple[Any, ...], count: int, scaler: Any, finish: Callable[[int], None] | None
+    ) -> dict[str, Tensor]:
+        """A pass in which the first ``count`` images train the whole model, the others one block after the other."""
+        images, last, weight = len(batch[0]), self.plan.blocks - 1, self.rule.joint(self.task).weight
+        share, frozen = count / images, self.frozen
+        before = {p: p.grad for p in self.parameters() if p.grad is not None}  # `backward` adds to them
+        for parameter in before:
+            parameter.grad = None
+
+        def scale(parameters: Iterable[nn.Parameter], factor: float) -> None:
+            if grads := [p.grad for p in parameters if p.grad is not None]:
+                torch._foreach_mul_(grads, factor)
+
+        def restore(parameters: Iterable[nn.Parameter]) -> None:
+            for parameter in parameters:
+                if parameter in before:
+                    earlier = before.pop(parameter)
+                    parameter.grad = earlier if parameter.grad is None else parameter.grad + earlier
+
+        def complete(block: int) -> None:
+            if block < last and self.names[block] in self.auxiliary:
+                scale(self.auxiliary[self.names[block]].parameters(), 1 / (1 - weight))
+            restore(self._own[block])
+            if finish is not None:
+                finish(block)
+
+        loss = self._joint_backward(self.task.part(batch, 0, count), share, scaler)
+        for block in range(frozen, last):
+            scale(self._own[block], weight / share)  # the auxiliary networks have no gradient yet
+        losses: dict[str, Tensor] = {}
+        if count < images:
+            self.frozen = last if weight == 1 else frozen
+            try:
+                others = self.task.part(batch, count, images)
+                losses = self._run_blocks(others, scaler, complete, (1 - weight, 1 - share))
+            finally:
+                self.frozen = frozen
+            loss = share * loss + (1 - share) * losses[self.names[last]]
+        for block in range(frozen, last + (count == images)) if weight == 1 or count == images else ():
+            complete(block)
+            if self.after_block is not None:
+                self.after_block(self.names[block])
+        restore(list(before))
+        return losses | {self.names[last]: loss}
+
+    def _joint_backward(self, batch: tuple[Any, ...], share: float, scaler: Any) -> Tensor:
+        """The model's loss, detached, after a backward pass of its share through all blocks that are not frozen."""
+        args, kwargs = self.task.arguments(batch)
+        if self.profile.writes_input:
+            args, kwargs = tree_map_only(Tensor, Tensor.clone, (args, kwargs))
+        with self.task.running(self.model), in_parts(self.model, self.profile.parted), self._forward_autocast(batch):
+            with (
+                self.rule.running(self.model, self.profile),
+                checkpointed(self.model, self._joint_recomputed),
+                self._frozen_forward(),
+            ):
+                loss = self.task.loss(self.model(*args, **kwargs), batch)
+            self._backward(loss, share, scaler)
+        return loss.detach()
+
+    def _backward(self, loss: Tensor, weight: float, scaler: Any) -> None:
+        with _no_autocast(loss):
+            loss = loss if weight == 1 else weight * loss
+            (loss if scaler is None else scaler.scale(loss)).backward()
+
+    def _run_blocks(
+        self,
+        batch: tuple[Any, ...],
+        scaler: Any,
+        finish: Callable[[int], None] | None,
+        weights: tuple[float, float] = (1.0, 1.0),
+    ) -> dict[str, Tensor]:
+        """A pass in blocks, or end to end; local losses count by the first of the weights, the model's by the other."""
         learning = [name for name in self.names[self.frozen :] if name in self.auxiliary]
         self.rule.before_pass(nn.ModuleDict({name: self.auxiliary[name] for name in learning}), self.model)
         losses: dict[str, Tensor] = {}
         forward = self._forward_autocast(batch)
         isolation = self._isolation
 
-        def backward(loss: Tensor) -> None:
-            with _no_autocast(loss):
-                (loss if scaler is None else scaler.scale(loss)).backward()
+        def backward(loss: Tensor, weight: float = weights[0]) -> None:
+            self._backward(loss, weight, scaler)
 
         def done(block: int, loss: Tensor) -> None:
             losses[self.names[block]] = loss.detach()
@@ -459,7 +552,7 @@ class LocalLearner:
                     "skipped or ran in another order); cut at a unit that always runs."
                 )
             with isolation.replay() if last else contextlib.nullcontext():
-                backward(loss)
+                backward(loss, weights[1])
                 done(last, loss.detach())
         return losses
 

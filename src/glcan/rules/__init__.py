@@ -8,7 +8,7 @@ from typing import Any
 from glcan.errors import ConfigError, UnknownName
 from glcan.importing import import_path
 from glcan.rules.auglocal import AugLocal
-from glcan.rules.base import Rule, Site
+from glcan.rules.base import Joint, Rule, Site
 from glcan.rules.baselines import Checkpoint, CheckpointSqrt, EndToEnd
 from glcan.rules.dgl import DGL
 from glcan.rules.glcan import GLCAN
@@ -24,7 +24,7 @@ RULES: dict[str, type[Rule]] = {
 #: Those that train the whole model at once.
 BASELINES: tuple[str, ...] = tuple(name for name, rule in RULES.items() if not rule.local)
 
-__all__ = ["BASELINES", "RULES", "Rule", "Site", "create", "names"]
+__all__ = ["BASELINES", "RULES", "Joint", "Rule", "Site", "create", "names"]
 
 
 def names() -> list[str]:

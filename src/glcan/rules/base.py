@@ -15,7 +15,25 @@ from glcan.errors import ConfigError, UnknownName
 from glcan.profile import Feature, Profile, Unit
 from glcan.tasks.base import Task
 
-__all__ = ["Rule", "Site"]
+__all__ = ["Joint", "Rule", "Site"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Joint:
+    """A part of every batch on which all blocks learn jointly, end to end, while the others learn block by block.
+
+    The joint images come first, in a pass of their own, so that their activations are freed before those of the others
+    are made; memory is that of the larger part. Normalisation over the batch sees the two parts one by one.
+
+    Attributes:
+        share: of the images of a batch, rounded down; 0 for none. With a weight of 1 at least one image.
+        weight: of the joint gradient in all blocks but the last one, in 0 ... 1; the local gradient has the rest. With
+            1 there are no auxiliary networks, and the other images train the last block alone. In the last block every
+            image counts as much.
+    """
+
+    share: float = 0.0
+    weight: float = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +152,10 @@ class Rule(ABC):
     def long_end(self, task: Task) -> float:
         """What may be recomputed so that the last block can be longer; see `most` of `glcan.plan.longest_end`."""
         return 0.0
+
+    def joint(self, task: Task) -> Joint:
+        """What part of each batch is trained end to end."""
+        return Joint()
 
     def before_pass(self, auxiliary: nn.ModuleDict, model: nn.Module) -> None:
         """Called before each training pass, where auxiliary networks may look at the weights of today."""

@@ -27,6 +27,10 @@ class Task(ABC):
         """The model's positional and keyword arguments; by default the first item of the batch."""
         return (batch[0],), {}
 
+    def part(self, batch: tuple[Any, ...], begin: int, end: int) -> tuple[Any, ...]:
+        """Some images of a batch, as a batch; by default each item's entries from begin to end."""
+        return tuple(item[begin:end] for item in batch)
+
     @abstractmethod
     def example(self, batch: int, channels: int, image: tuple[int, int]) -> tuple[Any, ...]:
         """A batch of the shapes that the task has, for planning; its values mean nothing.

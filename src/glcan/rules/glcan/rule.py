@@ -28,7 +28,7 @@ from torch import nn
 from glcan.errors import ConfigError
 from glcan.profile import Feature, Unit
 from glcan.rules.backbone import followers, layers, move_towards
-from glcan.rules.base import Rule, Site
+from glcan.rules.base import Joint, Rule, Site
 from glcan.rules.dense_head import DenseHead, pyramid_grids, scale_of, total_classes
 from glcan.rules.glcan.classification import ClassificationAuxiliary, LookAhead
 from glcan.rules.glcan.detection import STEP, DetectionAuxiliary, fit_width, levels_of, pyramid_flops
@@ -49,6 +49,7 @@ from glcan.tasks.super_resolution import SuperResolution
 
 _BUDGETS = {"classification": 0.07, "super-resolution": 0.045, "detection": 0.09}
 _LONG_ENDS = {"classification": 0.0, "super-resolution": 0.32, "detection": 0.08}
+_JOINT = {"classification": (0.0, 0.5), "super-resolution": (0.0, 0.5), "detection": (0.0, 0.5)}
 _UNIT_SHARES = {"classification": 0.6, "super-resolution": 0.3, "detection": 0.0}
 # Classification with light units, and super-resolution: how far networks of the same structure are drawn together.
 _COUPLING = 0.1
@@ -100,6 +101,10 @@ class GLCAN(Rule):
             long_end: units of the last block, which learns as in end-to-end training, are recomputed so that it can be
                 longer within the memory of the other blocks, up to this share of the model's forward FLOPs; 0: not;
                 none: the task's own default, 0.32 for super-resolution, 0.08 for detection, 0 for classification.
+            joint: share of each batch on which all blocks learn end to end, see `glcan.rules.Joint`; none: the task's
+                own default, JJJ.
+            joint_weight: of that gradient in all blocks but the last one; with 1 there are no auxiliary networks; none:
+                the task's own default, WWW.
         """
 
         budget: float | None = None
@@ -116,6 +121,8 @@ class GLCAN(Rule):
         look_ahead: int = 2
         pyramid_maps: bool = True
         long_end: float | None = None
+        joint: float | None = None
+        joint_weight: float | None = None
 
         def __post_init__(self) -> None:
             if self.budget is not None and not 0 < self.budget <= 10:
@@ -144,6 +151,12 @@ class GLCAN(Rule):
                 raise ConfigError(
                     f"glcan.coupling is {self.coupling}; it must lie in [0, 1], 0 for networks that go their own way."
                 )
+            if self.joint is not None and not 0 <= self.joint < 1:
+                raise ConfigError(
+                    f"glcan.joint is {self.joint}; it must lie in [0, 1), 0.25 for a quarter of each batch, 0 for none."
+                )
+            if self.joint_weight is not None and not 0 < self.joint_weight <= 1:
+                raise ConfigError(f"glcan.joint_weight is {self.joint_weight}; it must lie in (0, 1].")
             if not 0 <= self.look_ahead <= 16:
                 raise ConfigError(f"glcan.look_ahead is {self.look_ahead}; it must lie in 0 ... 16, 0 for nowhere.")
             if self.long_end is not None and not 0 <= self.long_end <= 1:
@@ -278,6 +291,12 @@ class GLCAN(Rule):
 
     def long_end(self, task: Task) -> float:
         return _LONG_ENDS[task.name] if self.config.long_end is None else self.config.long_end
+
+    def joint(self, task: Task) -> Joint:
+        share, weight = _JOINT[task.name]
+        if self.config.joint is not None:
+            share = self.config.joint
+        return Joint(share, self.config.joint_weight or weight) if share else Joint()
 
     def before_pass(self, auxiliary: nn.ModuleDict, model: nn.Module) -> None:
         own = [network for network in auxiliary.values() if not isinstance(network, LookAhead)]

@@ -1,0 +1,232 @@
+"""A part of each batch is trained end to end: the gradients, what is freed, and what stays as it was."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tests.zoo import assert_equal, gradients
+from torch import Tensor, nn
+from torch.optim import SGD
+
+import glcan
+from glcan import LocalLearner, measure_step
+from glcan.errors import ConfigError
+from glcan.models import create
+from glcan.rules import Joint
+from glcan.rules import create as create_rule
+from glcan.tasks import Classification
+
+CUTS = ["body.1", "body.2"]
+
+
+class Chain(nn.Module):
+    """Residual units without a normalisation over the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.body = nn.ModuleList(nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.Tanh()) for _ in range(4))
+        self.fc = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for unit in self.body:
+            x = x + unit(x)
+        return self.fc(x.mean((2, 3)))
+
+
+def model() -> Chain:
+    torch.manual_seed(0)
+    return Chain().double()
+
+
+def batch(size: int = 8) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return (
+        torch.randn(size, 3, 8, 8, generator=generator, dtype=torch.float64),
+        torch.randint(0, 10, (size,), generator=generator),
+    )
+
+
+def learner(chain: nn.Module, joint: float, weight: float, **options: Any) -> LocalLearner:
+    torch.manual_seed(2)
+    rule = {"joint": joint, "joint_weight": weight, "coupling": 0.0}
+    return LocalLearner(chain, sample=batch(), cuts=CUTS, rule_options=rule, **options)
+
+
+def part(begin: int, end: int) -> tuple[Tensor, Tensor]:
+    images, labels = batch()
+    return images[begin:end], labels[begin:end]
+
+
+def end_to_end(begin: int, end: int) -> dict[str, Tensor]:
+    chain = model()
+    images, labels = part(begin, end)
+    F.cross_entropy(chain(images), labels).backward()
+    return gradients(chain)
+
+
+def early(name: str) -> bool:
+    return name.startswith(("stem", "body.0", "body.1"))
+
+
+def assert_close(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-10, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_the_gradients_are_the_weighted_sums() -> None:
+    chain = model()
+    mixed = learner(chain, 0.25, 0.4)
+    losses = mixed.backward(*batch())
+    alone = model()
+    local = learner(alone, 0.0, 0.4)
+    rest = local.backward(*part(2, 8))
+    exact, exact_rest = end_to_end(0, 2), gradients(alone)
+    expected = {
+        name: 0.4 * exact[name] + 0.6 * own if early(name) else 0.25 * exact[name] + 0.75 * own
+        for name, own in exact_rest.items()
+    }
+    assert_close(gradients(chain), expected)
+    assert_close(gradients(mixed.auxiliary), gradients(local.auxiliary))
+    images, labels = part(0, 2)
+    model_loss = F.cross_entropy(model()(images), labels)
+    assert losses.keys() == {"block1", "block2", "block3"}
+    torch.testing.assert_close(losses["block1"], rest["block1"])
+    torch.testing.assert_close(losses["block3"], 0.25 * model_loss + 0.75 * rest["block3"])
+
+
+def test_with_a_weight_of_one_no_block_learns_locally() -> None:
+    chain = model()
+    joint = learner(chain, 0.25, 1.0)
+    assert list(joint.auxiliary.parameters()) == []
+    losses = joint.backward(*batch())
+    some, every = end_to_end(0, 2), end_to_end(0, 8)  # the model's loss is a mean over images
+    assert_close(gradients(chain), {name: some[name] if early(name) else every[name] for name in every})
+    images, labels = batch()
+    assert losses.keys() == {"block3"}
+    torch.testing.assert_close(losses["block3"], F.cross_entropy(model()(images), labels))
+
+
+@pytest.mark.parametrize("weight", [0.5, 1.0])
+def test_backward_adds_up(weight: float) -> None:
+    once, twice = model(), model()
+    learner(once, 0.25, weight).backward(*batch())
+    adding = learner(twice, 0.25, weight)
+    adding.backward(*batch())
+    adding.backward(*batch())
+    assert_close(gradients(twice), {name: 2 * grad for name, grad in gradients(once).items()})
+
+
+@pytest.mark.parametrize("weight", [0.5, 1.0])
+def test_a_step_is_a_backward_pass_and_an_update(weight: float) -> None:
+    stepped, collected = model(), model()
+    optimizer = partial(SGD, lr=0.1, momentum=0.9)
+    stepping = learner(stepped, 0.25, weight, optimizer=optimizer)
+    collecting = learner(collected, 0.25, weight)
+    reference = optimizer(collecting.parameters())
+    trained: list[str] = []
+    stepping.after_block = trained.append
+    for _ in range(3):
+        stepping.step(*batch())
+        collecting.backward(*batch())
+        reference.step()
+        reference.zero_grad()
+    assert_close(dict(stepped.state_dict()), dict(collected.state_dict()))
+    assert sorted(trained) == sorted(["block1", "block2", "block3"] * 3)
+
+
+@pytest.mark.parametrize("weight", [0.5, 1.0])
+def test_frozen_blocks_get_no_gradient(weight: float) -> None:
+    chain = model()
+    joint = learner(chain, 0.25, weight)
+    joint.frozen = 1
+    joint.backward(*batch())
+    found = gradients(chain)
+    assert not any(name.startswith(("stem", "body.0")) for name in found)
+    assert {name for name in found if early(name)} == {"body.1.0.weight", "body.1.0.bias"}
+
+
+def test_a_batch_too_small_for_a_joint_image_learns_locally() -> None:
+    first, second = model(), model()
+    learner(first, 0.25, 0.5).backward(*part(0, 3))
+    learner(second, 0.0, 0.5).backward(*part(0, 3))
+    assert_equal(gradients(first), gradients(second))
+
+
+def test_without_local_learning_one_image_is_joint() -> None:
+    chain = model()
+    joint = learner(chain, 0.25, 1.0, optimizer=partial(SGD, lr=0.1))
+    before = copy.deepcopy(chain.state_dict())
+    joint.step(*part(0, 1))
+    assert all(not torch.equal(before[name], tensor) for name, tensor in chain.state_dict().items())
+    chain = model()
+    learner(chain, 0.25, 1.0).backward(*part(0, 1))
+    assert_close(gradients(chain), end_to_end(0, 1))
+
+
+def test_it_is_off_with_one_block_and_in_a_start() -> None:
+    chain, other = model(), model()
+    rule = {"joint": 0.25}
+    LocalLearner(chain, sample=batch(), blocks=1, rule_options=rule).backward(*batch())
+    assert_close(gradients(chain), end_to_end(0, 8))
+    joint = learner(other, 0.25, 0.5)
+    joint.end_to_end = True
+    joint.backward(*batch())
+    assert_close(gradients(other), end_to_end(0, 8))
+
+
+def cost(blocks: int | None, **options: Any) -> Any:
+    sample = torch.rand(32, 3, 32, 32), torch.randint(0, 10, (32,))
+    resnet = create("cifar_resnet32", num_classes=10)
+    found = {} if blocks is None else {"blocks": blocks, "rule_options": options}
+    trained = LocalLearner(
+        resnet, sample=sample, rule="glcan" if blocks else "e2e", optimizer=partial(SGD, lr=0.1), **found
+    )
+    return measure_step(trained, *sample)
+
+
+def test_it_costs_no_memory_and_saves_flops() -> None:
+    whole, local = cost(None), cost(4)
+    mixed, exact = cost(4, joint=0.25), cost(4, joint=0.25, joint_weight=1.0)
+    assert mixed.peak_bytes <= local.peak_bytes
+    assert mixed.flops < local.flops
+    assert exact.peak_bytes <= local.peak_bytes
+    assert exact.flops < 0.8 * whole.flops
+    assert len(mixed.block_peak_bytes) == len(exact.block_peak_bytes) == 4
+
+
+def test_joint_images_are_recomputed_where_they_would_set_the_peak() -> None:
+    local, mixed = cost(12, coupling=0.0), cost(12, coupling=0.0, joint=0.25)
+    assert mixed.peak_bytes <= local.peak_bytes
+
+
+def test_the_plan_knows_of_it() -> None:
+    sample = torch.rand(32, 3, 32, 32), torch.randint(0, 10, (32,))
+    forecast = glcan.plan(
+        create("cifar_resnet32", num_classes=10),
+        sample=sample,
+        blocks=4,
+        rule_options={"joint": 0.25},
+        optimizer=partial(SGD, lr=0.1),
+    )
+    measured = cost(4, joint=0.25)
+    assert (forecast.cost.peak_bytes, forecast.cost.flops) == (measured.peak_bytes, measured.flops)
+
+
+def test_bad_values() -> None:
+    for options, message in (
+        ({"joint": 1.0}, r"glcan\.joint is 1\.0; it must lie in \[0, 1\)"),
+        ({"joint": -0.1}, r"glcan\.joint is -0\.1"),
+        ({"joint_weight": 0.0}, r"glcan\.joint_weight is 0\.0; it must lie in \(0, 1\]"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            create_rule("glcan", options)
+    assert create_rule("glcan", {"joint": 0.25, "joint_weight": 1.0}).joint(Classification()) == Joint(0.25, 1.0)
