@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -217,7 +216,8 @@ class LocalLearner:
                 cost = estimate.block_bytes
                 most = self.rule.long_end(self.task)
                 if most and not recompute:
-                    cuts, recompute = longest_end(self.profile, blocks, cost, estimate.end, most)
+                    share = 1 - self.rule.joint(self.task).images(self.profile.batch) / self.profile.batch
+                    cuts, recompute = longest_end(self.profile, blocks, cost, estimate.end, most, share)
                     blocks = None
             return make_plan(self.profile, blocks=blocks, cuts=cuts, cost=cost, recompute=recompute)
         if recompute:
@@ -405,17 +405,11 @@ class LocalLearner:
             raise ConfigError(
                 f"frozen is {self.frozen}, but end_to_end trains every block. Set frozen to 0, or end_to_end to False."
             )
-        count = self._joint_images(batch)
+        joint = self.rule.joint(self.task)
+        count = 0 if self.plan.blocks == 1 or self.end_to_end else joint.images(len(batch[0]))
         if count:
             return self._run_joint(batch, count, scaler, finish)
         return self._run_blocks(batch, scaler, finish)
-
-    def _joint_images(self, batch: tuple[Any, ...]) -> int:
-        """How many images of a batch are trained jointly, see `glcan.rules.Joint`."""
-        joint = self.rule.joint(self.task)
-        if not joint.share or self.plan.blocks == 1 or self.end_to_end:
-            return 0
-        return max(math.floor(joint.share * len(batch[0])), joint.weight == 1)
 
     def _run_joint(
         self, batch: tuple[Any, ...], count: int, scaler: Any, finish: Callable[[int], None] | None

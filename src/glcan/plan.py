@@ -209,6 +209,7 @@ def longest_end(
     cost: BlockCost,
     end: Callable[[int, int, float], tuple[int, list[tuple[int, int]]]],
     most: float,
+    share: float = 1.0,
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Cuts that make the last block as long as the memory allows, and what to recompute of it for that.
 
@@ -220,12 +221,14 @@ def longest_end(
         end: what the last block costs, by the place where it begins, the place up to which its activations are
             recomputed and the bound on that cost; and the places where each segment of that begins and ends.
         most: forward FLOPs of what may be recomputed, as a share of the model's.
+        share: of a batch's images that go through the last block at once, the rest being `glcan.rules.Joint` images.
     """
     places = cut_places(profile)
     count, allowed = len(places) - 1, _trainable(profile)
     cuts = choose_cuts(profile, blocks, cost)
     begins = [0, *(places.index(profile.unit(cut).index) for cut in cuts)]
     bound = _SLACK * max(cost(i, j) for i, j in itertools.pairwise([*begins, count]))
+    room = bound / share if share else math.inf
     runs = [profile.units[a:b] for a, b in itertools.pairwise(places)]
     flops = [sum(unit.flops for unit in run) for run in runs]
     parted = [any(unit.name in profile.parted for unit in run) for run in runs]
@@ -238,12 +241,12 @@ def longest_end(
         stop = last
         while stop < count and not parted[stop] and sum(flops[last : stop + 1]) <= most * profile.flops:
             stop += 1
-        if not allowed(last, count) or end(last, stop, bound)[0] > bound:
+        if not allowed(last, count) or end(last, stop, room)[0] > room:
             continue
-        while stop > last and end(last, stop - 1, bound)[0] <= bound:
+        while stop > last and end(last, stop - 1, room)[0] <= room:
             stop -= 1
         names = tuple(profile.units[places[i]].name for i in begins[1:])
-        return names, tuple(name for a, b in end(last, stop, bound)[1] for name in _segments(runs[a:b]))
+        return names, tuple(name for a, b in end(last, stop, room)[1] for name in _segments(runs[a:b]))
     return cuts, ()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import typing
 from abc import ABC
 from collections.abc import Mapping
@@ -34,6 +35,10 @@ class Joint:
 
     share: float = 0.0
     weight: float = 0.5
+
+    def images(self, batch: int) -> int:
+        """How many images of a batch of this size are joint ones."""
+        return max(math.floor(self.share * batch), self.weight == 1) if self.share else 0
 
 
 @dataclasses.dataclass(frozen=True)

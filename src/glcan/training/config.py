@@ -32,7 +32,6 @@ TASK_DEFAULTS: dict[str, dict[str, Any]] = {
         "optimizer": "adam",
         "lr": 1e-3,
         "weight_decay": 0.0,
-        "freeze": 0.5,
     },
     "detection": {
         "model": "fcos_small",
