@@ -20,7 +20,7 @@ from glcan.errors import ConfigError
 from glcan.models import create
 from glcan.rules import Joint
 from glcan.rules import create as create_rule
-from glcan.tasks import Classification
+from glcan.tasks import Classification, SuperResolution
 
 CUTS = ["body.1", "body.2"]
 
@@ -56,7 +56,7 @@ def batch(size: int = 8) -> tuple[Tensor, Tensor]:
 
 def learner(chain: nn.Module, joint: float, weight: float, **options: Any) -> LocalLearner:
     torch.manual_seed(2)
-    rule = {"joint": joint, "joint_weight": weight, "coupling": 0.0}
+    rule = {"joint": joint, "joint_weight": weight}
     return LocalLearner(chain, sample=batch(), cuts=CUTS, rule_options=rule, **options)
 
 
@@ -219,6 +219,13 @@ def test_the_plan_knows_of_it() -> None:
     )
     measured = cost(4, joint=0.25)
     assert (forecast.cost.peak_bytes, forecast.cost.flops) == (measured.peak_bytes, measured.flops)
+
+
+def test_options_of_networks_that_are_not_built_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"glcan\.budget is 0\.2, but there are no.* with joint_weight 1\. "):
+        create_rule("glcan", {"joint": 0.25, "joint_weight": 1.0, "budget": 0.2}).joint(Classification())
+    with pytest.raises(ConfigError, match=r"use_local is False.*the default of super-resolution"):
+        create_rule("glcan", {"use_local": False}).joint(SuperResolution())
 
 
 def test_bad_values() -> None:

@@ -79,7 +79,8 @@ class LocalLearner:
         end_to_end: while it is true, a step trains the whole model at once, with activation checkpointing of each unit,
             and the auxiliary networks beside it, which send the model no gradient. False at first; may be set between
             two steps. See docs/training.md, "Start, freeze, finish".
-        after_block: if set, called with a block's name when it has been trained, before the next one begins.
+        after_block: if set, called with a block's name when its backward pass is over, before the next one begins;
+            `step` has updated it by then, unless it learns from joint images alone.
 
     Parameters that are used in several blocks (tied weights) get the sum of the blocks' gradients, and `step` updates
     them once, after the last block.
@@ -441,6 +442,10 @@ class LocalLearner:
         loss = self._joint_backward(self.task.part(batch, 0, count), share, scaler)
         for block in range(frozen, last):
             scale(self._own[block], weight / share)  # the auxiliary networks have no gradient yet
+        alone = range(frozen, last if count < images else last + 1) if weight == 1 or count == images else ()
+        if self.after_block is not None:
+            for block in alone:
+                self.after_block(self.names[block])
         losses: dict[str, Tensor] = {}
         if count < images:
             self.frozen = last if weight == 1 else frozen
@@ -450,10 +455,8 @@ class LocalLearner:
             finally:
                 self.frozen = frozen
             loss = share * loss + (1 - share) * losses[self.names[last]]
-        for block in range(frozen, last + (count == images)) if weight == 1 or count == images else ():
-            complete(block)
-            if self.after_block is not None:
-                self.after_block(self.names[block])
+        for block in alone:
+            complete(block)  # not before: the others run through the blocks as they were
         restore(list(before))
         return losses | {self.names[last]: loss}
 

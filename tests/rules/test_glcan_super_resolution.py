@@ -32,7 +32,9 @@ def network(scale: int = 2) -> nn.Module:
 
 
 def learner(model: nn.Module, sample: Any, **options: Any) -> LocalLearner:
+    """With auxiliary networks, unless ``joint`` says otherwise."""
     torch.manual_seed(1)
+    options = {"joint": 0.0} | options
     return LocalLearner(model, "super-resolution", sample, blocks=3, rule_options=options, optimizer=OPTIMIZER)
 
 
@@ -86,8 +88,8 @@ def test_the_last_block_is_long_for_little_more_memory() -> None:
     torch.manual_seed(0)
     model = create("edsr_baseline", scale=2, blocks=12, channels=16)
     options = {"task": "super-resolution", "sample": sample, "blocks": 4, "optimizer": OPTIMIZER, "baselines": ()}
-    short = glcan.plan(model, rule_options={"long_end": 0.0}, **options)
-    long = glcan.plan(model, **options | {"baselines": ("e2e",)})
+    short = glcan.plan(model, rule_options={"long_end": 0.0, "joint": 0.0}, **options)
+    long = glcan.plan(model, rule_options={"joint": 0.0}, **options | {"baselines": ("e2e",)})
     e2e = long.baselines["e2e"]
     assert not short.plan.recompute
     last = {unit.name for unit in long.plan.units[-1]}
@@ -95,11 +97,15 @@ def test_the_last_block_is_long_for_little_more_memory() -> None:
     assert len(long.plan.units[-1]) > len(short.plan.units[-1])
     assert long.cost.activation_peak_bytes < 1.2 * short.cost.activation_peak_bytes
     assert short.cost.flops < long.cost.flops < short.cost.flops + (0.32 / 3 + 0.02) * e2e.flops
+    joint = glcan.plan(model, **options)
+    assert len(joint.plan.units[-1]) > len(long.plan.units[-1])  # as long as the memory of that even cut allows
+    assert joint.cost.activation_peak_bytes < 1.2 * short.cost.activation_peak_bytes
+    assert joint.cost.flops < long.cost.flops
 
 
 def test_recomputed_units_change_no_gradient() -> None:
     sample = batch(dtype=torch.float64)
-    options = {"long_end": 1.0}
+    options = {"long_end": 1.0, "joint": 0.0}
     long = learner(network().double(), sample, **options)
     assert any(len(names) > 1 for names in long.plan.recomputed_units)
     plain = LocalLearner(

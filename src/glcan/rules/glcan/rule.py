@@ -296,7 +296,17 @@ class GLCAN(Rule):
         share, weight = _JOINT[task.name]
         if self.config.joint is not None:
             share = self.config.joint
-        return Joint(share, self.config.joint_weight or weight) if share else Joint()
+        weight = self.config.joint_weight or weight
+        if not share:
+            return Joint()
+        given = [f.name for f in dataclasses.fields(self.config) if getattr(self.config, f.name) != f.default]
+        if weight == 1 and (useless := [name for name in given if name not in ("joint", "joint_weight", "long_end")]):
+            raise ConfigError(
+                f"glcan.{useless[0]} is {getattr(self.config, useless[0])!r}, but there are no auxiliary networks with "
+                f"joint_weight 1{'' if self.config.joint_weight else f', the default of {task.name}'}. Leave it out, "
+                "or set joint_weight below 1 or joint to 0."
+            )
+        return Joint(share, weight)
 
     def before_pass(self, auxiliary: nn.ModuleDict, model: nn.Module) -> None:
         own = [network for network in auxiliary.values() if not isinstance(network, LookAhead)]
