@@ -148,6 +148,10 @@ BENCHES = {
             Entry("local only", "glcan", {"use_global": False}),
             Entry("backbone units", "glcan", {"unit": "backbone"}),
             Entry("backbone units, momentum", "glcan", {"unit": "backbone", "momentum": 0.99}),
+            *(
+                Entry(f"joint images {share:.0%}", "glcan", {"joint": share, "joint_weight": share})
+                for share in (0.25, 0.5)
+            ),
             *(Entry(f"depth {depth}", "glcan", {"depth": depth}) for depth in (1, 2, 8)),
             *(
                 Entry(f"budget {budget:.0%}", "glcan", {"budget": budget} | _UNLIMITED)
