@@ -49,7 +49,7 @@ from glcan.tasks.super_resolution import SuperResolution
 
 _BUDGETS = {"classification": 0.07, "super-resolution": 0.045, "detection": 0.09}
 _LONG_ENDS = {"classification": 0.0, "super-resolution": 0.32, "detection": 0.08}
-_JOINT = {"classification": (0.0, 0.5), "super-resolution": (0.33, 1.0), "detection": (0.0, 0.5)}
+_JOINT = {"classification": (0.0, 0.5), "super-resolution": (0.33, 1.0), "detection": (0.25, 0.25)}
 _UNIT_SHARES = {"classification": 0.6, "super-resolution": 0.3, "detection": 0.0}
 # Classification with light units, and super-resolution: how far networks of the same structure are drawn together.
 _COUPLING = 0.1
