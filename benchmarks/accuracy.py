@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from glcan.cli.options import pairs
 from glcan.errors import GlcanError
 from glcan.report import compare, train_run
 from glcan.training import RunConfig, load_recipe
@@ -71,6 +72,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int)
     parser.add_argument("--lr", type=float)
     parser.add_argument("--start", type=float, help="of the methods with +start (default: the comparison's)")
+    parser.add_argument("--rule-option", metavar="NAME=VALUE", nargs="+", help="of the recipe's rule: joint=0.25")
     parser.add_argument("--precision", choices=("fp32", "bf16"))
     parser.add_argument("--limit", type=int, help="use at most so many training images (default: all)")
     parser.add_argument("--data-root", type=Path, help="where the data set is (default: where glcan finds it)")
@@ -89,6 +91,8 @@ def main() -> None:
     names = ("epochs", "batch", "lr", "start", "precision", "limit", "data_root", "device", "channels_last")
     changes = {name: value for name in names if (value := getattr(options, name)) is not None}
     try:
+        if options.rule_option:
+            changes["rule_options"] = pairs("--rule-option", options.rule_option)
         config = chosen.config(**changes)
         if options.only:
             method, _, seed = options.only.rpartition(":")
