@@ -27,7 +27,8 @@ class Joint:
     are made; memory is that of the larger part. Normalisation over the batch sees the two parts one by one.
 
     Attributes:
-        share: of the images of a batch, rounded down; 0 for none. With a weight of 1 at least one image.
+        share: of the images of a batch, rounded down; 0 for none. A single image would be none, since BatchNorm may need
+            two; but with a weight of 1 there is always one at least.
         weight: of the joint gradient in all blocks but the last one, in 0 ... 1; the local gradient has the rest. With
             1 there are no auxiliary networks, and the other images train the last block alone. In the last block every
             image counts as much.
@@ -38,7 +39,10 @@ class Joint:
 
     def images(self, batch: int) -> int:
         """How many images of a batch of this size are joint ones."""
-        return max(math.floor(self.share * batch), self.weight == 1) if self.share else 0
+        found = math.floor(self.share * batch)
+        if self.weight == 1:
+            return max(1, found) if self.share else 0
+        return found if found > 1 else 0
 
 
 @dataclasses.dataclass(frozen=True)
