@@ -27,8 +27,8 @@ class Joint:
     are made; memory is that of the larger part. Normalisation over the batch sees the two parts one by one.
 
     Attributes:
-        share: of the images of a batch, rounded down; 0 for none. A single image would be none, since BatchNorm may need
-            two; but with a weight of 1 there is always one at least.
+        share: of the images of a batch, rounded down; 0 for none. A single image would be none, since BatchNorm may
+            need two; but with a weight of 1 there is always one at least.
         weight: of the joint gradient in all blocks but the last one, in 0 ... 1; the local gradient has the rest. With
             1 there are no auxiliary networks, and the other images train the last block alone. In the last block every
             image counts as much.
