@@ -146,6 +146,7 @@ class LocalLearner:
             if self.rule.local:
                 cuts, recompute = self.forecast.plan.cuts or None, self.forecast.plan.recompute
                 blocks = None if cuts else 1
+        self._joint = self.rule.joint(self.task)
         args, kwargs = self.task.arguments(batch)
         if profile is None:
             with self.task.running(model) if self.rule.local else contextlib.nullcontext():
@@ -169,7 +170,7 @@ class LocalLearner:
                     Site(model, self.profile, self.task, cut, self.plan.blocks, i, skipping.get(cut.name, ()))
                 )
                 for i, (name, (cut, *_)) in enumerate(zip(names, self.plan.units[1:], strict=False))
-                if self._entering(i) and self.rule.joint(self.task).weight < 1
+                if self._entering(i) and self._joint.weight < 1
             }
         )
         like = next((p for p in model.parameters() if p.is_floating_point()), None)
@@ -217,7 +218,7 @@ class LocalLearner:
                 cost = estimate.block_bytes
                 most = self.rule.long_end(self.task)
                 if most and not recompute:
-                    share = 1 - self.rule.joint(self.task).images(self.profile.batch) / self.profile.batch
+                    share = 1 - self._joint.images(self.profile.batch) / self.profile.batch
                     cuts, recompute = longest_end(self.profile, blocks, cost, estimate.end, most, share)
                     blocks = None
             return make_plan(self.profile, blocks=blocks, cuts=cuts, cost=cost, recompute=recompute)
@@ -262,7 +263,7 @@ class LocalLearner:
     def _find_joint_recomputed(self) -> list[list[str]]:
         """The chains that are recomputed for joint images: all, where these would save more than the largest block."""
         saved = [sum(unit.saved_bytes for unit in block) for block in self.plan.units]
-        return self._segments if self.rule.joint(self.task).share * sum(saved) > max(saved) else []
+        return self._segments if self._joint.share * sum(saved) > max(saved) else []
 
     def _check_trained(self) -> None:
         for k, cut in enumerate(self.plan.cuts):
@@ -406,9 +407,7 @@ class LocalLearner:
             raise ConfigError(
                 f"frozen is {self.frozen}, but end_to_end trains every block. Set frozen to 0, or end_to_end to False."
             )
-        joint = self.rule.joint(self.task)
-        count = 0 if self.plan.blocks == 1 or self.end_to_end else joint.images(len(batch[0]))
-        if count:
+        if self.plan.blocks > 1 and not self.end_to_end and (count := self._joint.images(len(batch[0]))):
             return self._run_joint(batch, count, scaler, finish)
         return self._run_blocks(batch, scaler, finish)
 
@@ -416,7 +415,7 @@ class LocalLearner:
         self, batch: tuple[Any, ...], count: int, scaler: Any, finish: Callable[[int], None] | None
     ) -> dict[str, Tensor]:
         """A pass in which the first ``count`` images train the whole model, the others one block after the other."""
-        images, last, weight = len(batch[0]), self.plan.blocks - 1, self.rule.joint(self.task).weight
+        images, last, weight = len(batch[0]), self.plan.blocks - 1, self._joint.weight
         share, frozen = count / images, self.frozen
         before = {p: p.grad for p in self.parameters() if p.grad is not None}  # `backward` adds to them
         for parameter in before:
@@ -442,7 +441,7 @@ class LocalLearner:
         loss = self._joint_backward(self.task.part(batch, 0, count), share, scaler)
         for block in range(frozen, last):
             scale(self._own[block], weight / share)  # the auxiliary networks have no gradient yet
-        alone = range(frozen, last if count < images else last + 1) if weight == 1 or count == images else ()
+        alone = range(frozen, last + (count == images)) if weight == 1 else ()  # learn from the joint images alone
         if self.after_block is not None:
             for block in alone:
                 self.after_block(self.names[block])
@@ -462,9 +461,7 @@ class LocalLearner:
 
     def _joint_backward(self, batch: tuple[Any, ...], share: float, scaler: Any) -> Tensor:
         """The model's loss, detached, after a backward pass of its share through all blocks that are not frozen."""
-        args, kwargs = self.task.arguments(batch)
-        if self.profile.writes_input:
-            args, kwargs = tree_map_only(Tensor, Tensor.clone, (args, kwargs))
+        args, kwargs = self._arguments(batch)
         with self.task.running(self.model), in_parts(self.model, self.profile.parted), self._forward_autocast(batch):
             with (
                 self.rule.running(self.model, self.profile),
@@ -474,6 +471,11 @@ class LocalLearner:
                 loss = self.task.loss(self.model(*args, **kwargs), batch)
             self._backward(loss, share, scaler)
         return loss.detach()
+
+    def _arguments(self, batch: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The model's arguments; copies, where it writes into them."""
+        arguments = self.task.arguments(batch)
+        return tree_map_only(Tensor, Tensor.clone, arguments) if self.profile.writes_input else arguments
 
     def _backward(self, loss: Tensor, weight: float, scaler: Any) -> None:
         with _no_autocast(loss):
@@ -525,9 +527,7 @@ class LocalLearner:
             loss = self._local_backward(boundary.detached() if self.end_to_end else boundary, batch, backward)
             done(boundary.block, loss)
 
-        args, kwargs = self.task.arguments(batch)
-        if self.profile.writes_input:
-            args, kwargs = tree_map_only(Tensor, Tensor.clone, (args, kwargs))
+        args, kwargs = self._arguments(batch)
         isolation.on_boundary, isolation.isolating = at_cut, not self.end_to_end
         last = self.plan.blocks - 1
         recomputed = self._segments if self.end_to_end else self._recomputed
