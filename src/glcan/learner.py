@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -64,7 +65,11 @@ class LocalLearner:
             block's auxiliary network is recomputed too.
         memory: a budget for the peak of a step, such as "8GiB", in place of blocks, cuts and recompute: the cheapest
             plan that fits (see `glcan.plan`). "auto": what the model's CUDA device has free, less a tenth.
-        profile: what `glcan.profile` gave for this model and sample, if it is at hand: saves the dry runs of it.
+        accumulate: a batch is run in so many parts, one after the other, whose gradients add up (weighted by images) to
+            those of the mean loss over the batch; the model is updated once. Memory is that of a part. Normalisation
+            over the batch sees the parts one by one, as do losses that divide by more than the number of images.
+        profile: what `glcan.profile` gave for this model and sample (the first part of it, with ``accumulate``), if it
+            is at hand: saves the dry runs of it.
 
     Attributes:
         model: the user's own object.
@@ -76,11 +81,13 @@ class LocalLearner:
         frozen: so many blocks, from the first one on, are trained no more: they only run forward, and their parameters
             get no gradient. 0 at first; may be set between two steps, up to K - 1. Their learning rate should be near
             zero by then.
+        accumulate: parts of a batch; may be set between two steps.
         end_to_end: while it is true, a step trains the whole model at once, with activation checkpointing of each unit,
             and the auxiliary networks beside it, which send the model no gradient. False at first; may be set between
             two steps. See docs/training.md, "Start, freeze, finish".
         after_block: if set, called with a block's name when its backward pass is over, before the next one begins;
-            `step` has updated it by then, unless it learns from joint images alone.
+            `step` has updated it by then, unless it learns from joint images alone. With ``accumulate``, in the last
+            part of the batch.
 
     Parameters that are used in several blocks (tied weights) get the sum of the blocks' gradients, and `step` updates
     them once, after the last block.
@@ -107,6 +114,7 @@ class LocalLearner:
         leak_check: bool = True,
         recompute: bool | Sequence[str] = False,
         memory: str | int | None = None,
+        accumulate: int = 1,
         profile: Profile | None = None,
     ) -> None:
         if sample is None:
@@ -115,6 +123,8 @@ class LocalLearner:
             raise ConfigError(f"autocast is {autocast}; it must be torch.bfloat16, torch.float16 or None.")
         if clip_norm is not None and not clip_norm > 0:
             raise ConfigError(f"clip_norm is {clip_norm}; it must be a positive number or None.")
+        if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
+            raise ConfigError(f"accumulate is {accumulate!r}; it must be a whole number, 1 for a batch in one part.")
         self.model = model
         self.task = tasks.create(task)
         self.rule = rules.create(rule, rule_options)
@@ -124,7 +134,7 @@ class LocalLearner:
             )
         self.autocast = autocast
         self.clip_norm = clip_norm
-        batch = tuple(sample)
+        self.accumulate = accumulate
         self.forecast: Forecast | None = None
         if memory is not None:
             from glcan import planner  # stands on the learner, whose steps it predicts
@@ -132,7 +142,7 @@ class LocalLearner:
             self.forecast = planner.plan(
                 model,
                 self.task,
-                batch,
+                sample,
                 blocks=blocks,
                 cuts=cuts,
                 memory=planner.free_bytes(model) if memory == "auto" else memory,
@@ -141,12 +151,14 @@ class LocalLearner:
                 optimizer=optimizer,
                 autocast=autocast,
                 recompute=recompute,
+                accumulate=accumulate,
                 baselines=(),
             )
             if self.rule.local:
                 cuts, recompute = self.forecast.plan.cuts or None, self.forecast.plan.recompute
                 blocks = None if cuts else 1
         self._joint = self.rule.joint(self.task)
+        batch = first_part(self.task, tuple(sample), accumulate)
         args, kwargs = self.task.arguments(batch)
         if profile is None:
             with self.task.running(model) if self.rule.local else contextlib.nullcontext():
@@ -407,14 +419,49 @@ class LocalLearner:
             raise ConfigError(
                 f"frozen is {self.frozen}, but end_to_end trains every block. Set frozen to 0, or end_to_end to False."
             )
+        learning = {name: self.auxiliary[name] for name in self.names[self.frozen :] if name in self.auxiliary}
+        self.rule.before_pass(nn.ModuleDict(learning), self.model)
+        if self.accumulate == 1:
+            return self._run_part(batch, scaler, finish)
+        images = len(batch[0])
+        parts = min(self.accumulate, images)
+        ends = [images - images * (parts - i) // parts for i in range(parts + 1)]  # the larger parts first
+        losses: dict[str, Tensor] = {}
+        after_block = self.after_block
+        for begin, end in itertools.pairwise(ends):
+            complete, share = end == images, (end - begin) / images
+            self.after_block = after_block if complete else None
+            try:
+                found = self._run_part(self.task.part(batch, begin, end), scaler, finish if complete else None, share)
+            finally:
+                self.after_block = after_block
+            losses = {name: losses.get(name, 0) + share * loss for name, loss in found.items()}
+        return losses
+
+    def _run_part(
+        self,
+        batch: tuple[Any, ...],
+        scaler: Any,
+        finish: Callable[[int], None] | None,
+        weight: float = 1.0,
+    ) -> dict[str, Tensor]:
+        """A pass of a batch, or of a part of it that has the weight in the batch's losses."""
         if self.plan.blocks > 1 and not self.end_to_end and (count := self._joint.images(len(batch[0]))):
-            return self._run_joint(batch, count, scaler, finish)
-        return self._run_blocks(batch, scaler, finish)
+            return self._run_joint(batch, count, scaler, finish, weight)
+        return self._run_blocks(batch, scaler, finish, (weight, weight))
 
     def _run_joint(
-        self, batch: tuple[Any, ...], count: int, scaler: Any, finish: Callable[[int], None] | None
+        self,
+        batch: tuple[Any, ...],
+        count: int,
+        scaler: Any,
+        finish: Callable[[int], None] | None,
+        whole: float,
     ) -> dict[str, Tensor]:
-        """A pass in which the first ``count`` images train the whole model, the others one block after the other."""
+        """A pass in which the first ``count`` images train the whole model, the others one block after the other.
+
+        ``whole``: the weight of the batch's losses.
+        """
         images, last, weight = len(batch[0]), self.plan.blocks - 1, self._joint.weight
         share, frozen = count / images, self.frozen
         before = {p: p.grad for p in self.parameters() if p.grad is not None}  # `backward` adds to them
@@ -438,7 +485,7 @@ class LocalLearner:
             if finish is not None:
                 finish(block)
 
-        loss = self._joint_backward(self.task.part(batch, 0, count), share, scaler)
+        loss = self._joint_backward(self.task.part(batch, 0, count), whole * share, scaler)
         for block in range(frozen, last):
             scale(self._own[block], weight / share)  # the auxiliary networks have no gradient yet
         alone = range(frozen, last + (count == images)) if weight == 1 else ()  # learn from the joint images alone
@@ -450,7 +497,7 @@ class LocalLearner:
             self.frozen = last if weight == 1 else frozen
             try:
                 others = self.task.part(batch, count, images)
-                losses = self._run_blocks(others, scaler, complete, (1 - weight, 1 - share))
+                losses = self._run_blocks(others, scaler, complete, (whole * (1 - weight), whole * (1 - share)))
             finally:
                 self.frozen = frozen
             loss = share * loss + (1 - share) * losses[self.names[last]]
@@ -460,7 +507,7 @@ class LocalLearner:
         return losses | {self.names[last]: loss}
 
     def _joint_backward(self, batch: tuple[Any, ...], share: float, scaler: Any) -> Tensor:
-        """The model's loss, detached, after a backward pass of its share through all blocks that are not frozen."""
+        """The model's loss, detached, after a backward pass of a share of it through all blocks that are not frozen."""
         args, kwargs = self._arguments(batch)
         with self.task.running(self.model), in_parts(self.model, self.profile.parted), self._forward_autocast(batch):
             with (
@@ -487,11 +534,9 @@ class LocalLearner:
         batch: tuple[Any, ...],
         scaler: Any,
         finish: Callable[[int], None] | None,
-        weights: tuple[float, float] = (1.0, 1.0),
+        weights: tuple[float, float],
     ) -> dict[str, Tensor]:
         """A pass in blocks, or end to end; local losses count by the first of the weights, the model's by the other."""
-        learning = [name for name in self.names[self.frozen :] if name in self.auxiliary]
-        self.rule.before_pass(nn.ModuleDict({name: self.auxiliary[name] for name in learning}), self.model)
         losses: dict[str, Tensor] = {}
         forward = self._forward_autocast(batch)
         isolation = self._isolation
@@ -666,6 +711,12 @@ class LocalLearner:
 
     def __repr__(self) -> str:
         return f"LocalLearner({type(self.model).__name__}, rule={self.rule.name!r}, {self.plan})"
+
+
+def first_part(task: tasks.Task, batch: tuple[Any, ...], accumulate: int) -> tuple[Any, ...]:
+    """The first of so many parts of a batch, which is the largest."""
+    images = len(batch[0])
+    return batch if accumulate == 1 else task.part(batch, 0, -(-images // min(accumulate, max(1, images))))
 
 
 def _no_autocast(like: Tensor) -> contextlib.AbstractContextManager[Any]:

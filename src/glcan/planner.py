@@ -28,7 +28,7 @@ from glcan.dryrun import AssumedValues, fake_copy, uninitialized
 from glcan.errors import ConfigError, CutError
 from glcan.estimate import AuxiliaryCost, Estimate, Piece, auxiliary_costs, measure_pieces
 from glcan.isolation import tensors_in
-from glcan.learner import LocalLearner, OptimizerFactory
+from glcan.learner import LocalLearner, OptimizerFactory, first_part
 from glcan.memory import KINDS, StepCost, measure_step
 from glcan.plan import Plan, cheapest_cuts, choose_cuts, cut_places, numbers_of_blocks
 from glcan.profile import Profile, profile
@@ -150,7 +150,8 @@ def plan(
     optimizer: OptimizerFactory | None = None,
     autocast: torch.dtype | None = None,
     recompute: bool | Sequence[str] = False,
-    baselines: Sequence[str] = rules.BASELINES,
+    accumulate: int = 1,
+    baselines: Sequence[str] | None = None,
 ) -> Forecast:
     """What a training step will need, before any training.
 
@@ -159,11 +160,13 @@ def plan(
         task, units, rule, rule_options, optimizer, autocast: as `LocalLearner` takes them. Without an optimizer, the
             step is ``backward()``, which leaves all gradients alive.
         sample: a batch of the size that is to be trained with, or fake tensors of its shapes.
-        blocks, cuts, recompute: as `LocalLearner` takes them.
+        blocks, cuts, recompute, accumulate: as `LocalLearner` takes them.
         memory: a budget such as "8GiB", in place of blocks and cuts: the plan with the fewest FLOPs whose peak fits;
             where several cost the same within 4 % of end-to-end training, the one with the fewest blocks. Recomputing
             blocks is part of the search.
-        baselines: what to compare with.
+        baselines: what to compare with, by the names of rules; "e2e+accumulate:N" is end-to-end training with each
+            batch in N parts. They accumulate as the plan does. None: the rules, and with a plan in blocks of batches
+            that are not accumulated, as many parts as there are blocks.
 
     Raises:
         ConfigError: nothing fits the budget (says what holds the peak, and what would help), or see `LocalLearner`.
@@ -173,7 +176,7 @@ def plan(
         raise ConfigError("sample is missing; give a batch such as sample=(images, labels) of the size to plan for.")
     if memory is not None and (blocks is not None or cuts is not None or recompute):
         raise ConfigError("Give either memory=... or blocks, cuts and recompute, not both: a budget decides these.")
-    bench = _Bench(model, task, tuple(sample), units, rule, rule_options, optimizer, autocast)
+    bench = _Bench(model, task, tuple(sample), units, rule, rule_options, optimizer, autocast, accumulate)
     limit = None if memory is None else parse_bytes(memory)
     if limit is None:
         if bench.rule.local and blocks is None and cuts is None:
@@ -181,6 +184,11 @@ def plan(
         chosen = bench.run(blocks=blocks, cuts=cuts, recompute=recompute)
     else:
         chosen = bench.fit(limit)
+    if baselines is None:
+        baselines = rules.BASELINES
+        parts = min(chosen.plan.blocks, len(bench.batch[0]) // 2)  # of two images at least, for BatchNorm
+        if parts > 1 and accumulate == 1:
+            baselines = (*baselines, f"e2e+accumulate:{parts}")
     others = bench.baselines([name for name in baselines if name != chosen.rule])
     others = {name: others.get(name, chosen.cost) for name in baselines}
     return dataclasses.replace(chosen, baselines=others, memory=limit)
@@ -314,10 +322,11 @@ class _Bench:
         rule_options: Mapping[str, Any] | None,
         optimizer: OptimizerFactory | None,
         autocast: torch.dtype | None,
+        accumulate: int = 1,
     ) -> None:
         self.task = tasks.create(task)
         self.rule = rules.create(rule, rule_options)
-        self.units, self.optimizer, self.autocast = units, optimizer, autocast
+        self.units, self.optimizer, self.autocast, self.accumulate = units, optimizer, autocast, accumulate
         self._auxiliary_costs: dict[Any, AuxiliaryCost] = {}
         self._state: dict[Tensor, Any] = {}
         self.mode: FakeTensorMode | None = FakeTensorMode(allow_non_fake_inputs=True)
@@ -325,7 +334,7 @@ class _Bench:
         try:
             self.model, self.batch = fake_copy(model, sample, self.mode)
             with self._context(), self._running():
-                self.profile = profile(self.model, *self.task.arguments(self.batch), units=units)
+                self.profile = profile(self.model, *self._arguments(), units=units)
         except Exception:
             if any(isinstance(t, FakeTensor) for t in (*model.parameters(), *tensors_in(sample))):
                 raise
@@ -334,9 +343,13 @@ class _Bench:
             self.model = copy.deepcopy(model)
             self.batch = tree_map_only(Tensor, lambda t: t.detach().clone(), sample)
             with self._running():
-                self.profile = profile(self.model, *self.task.arguments(self.batch), units=units)
+                self.profile = profile(self.model, *self._arguments(), units=units)
         if self.rule.local and self.task.images_apart:
             self.profile = with_large_end(self.model, self.profile)
+
+    def _arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The model's, for what is run at once."""
+        return self.task.arguments(first_part(self.task, self.batch, self.accumulate))
 
     def _running(self) -> contextlib.AbstractContextManager[Any]:
         return self.task.running(self.model) if self.rule.local else contextlib.nullcontext()
@@ -364,6 +377,7 @@ class _Bench:
             units=self.units,
             optimizer=self.optimizer,
             autocast=self.autocast,
+            accumulate=self.accumulate,
             profile=self.profile,
             **options,
         )
@@ -381,7 +395,7 @@ class _Bench:
         return Forecast(learner.rule.name, learner.plan, cost, extra)
 
     def baselines(self, names: Sequence[str]) -> dict[str, StepCost]:
-        """The costs of the baselines, which differ in nothing but what is recomputed: one learner serves them all."""
+        """The costs of the baselines, which differ in what is recomputed or accumulated: one learner for all."""
         found: dict[str, StepCost] = {}
         if not names:
             return found
@@ -392,7 +406,8 @@ class _Bench:
                 if all(p in self._state for p in own):
                     optimizer.state.update({p: self._state[p] for p in own})
             for name in names:
-                learner.rule = rules.create(name)
+                rule, _, parts = name.partition("+accumulate:")
+                learner.rule, learner.accumulate = rules.create(rule), int(parts or self.accumulate)
                 found[name] = measure_step(learner, *self.batch)
         for parameter in self.model.parameters():
             parameter.grad = None
@@ -403,14 +418,20 @@ class _Bench:
     @functools.cached_property
     def pieces(self) -> dict[str, Piece]:
         with self._context(), self._running():
-            args, kwargs = self.task.arguments(self.batch)
+            args, kwargs = self._arguments()
             return measure_pieces(self.model, args, kwargs, self.profile, assume=self.task.assumes)
 
     @functools.cache  # noqa: B019 - a bench lives as long as a plan is made
     def estimate(self, blocks: int) -> Estimate:
         with self._context():
             costs = auxiliary_costs(
-                self.rule, self.model, self.profile, self.task, self.batch, blocks, self._auxiliary_costs
+                self.rule,
+                self.model,
+                self.profile,
+                self.task,
+                first_part(self.task, self.batch, self.accumulate),
+                blocks,
+                self._auxiliary_costs,
             )
         return Estimate(self.profile, self.pieces, costs)
 

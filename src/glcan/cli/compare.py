@@ -17,8 +17,8 @@ def compare(
         str | None,
         typer.Option(
             help="Methods, separated by commas: baselines (e2e, checkpoint, checkpoint-sqrt), RULE:BLOCKS, "
-            "RULE:BLOCKS+start and RULE:BLOCKS+finish. [default: e2e,checkpoint,glcan:4,glcan:4+start; detection "
-            "e2e,checkpoint,dgl:4,glcan:4,glcan:4+start]"
+            "RULE:BLOCKS+start and RULE:BLOCKS+finish; any of them with +accumulate:PARTS. [default: "
+            "e2e,checkpoint,glcan:4,glcan:4+start; detection e2e,checkpoint,dgl:4,glcan:4,glcan:4+start]"
         ),
     ] = None,
     seeds: Annotated[str, typer.Option(help="Seeds, separated by commas; each method is trained with each.")] = "0",

@@ -33,6 +33,7 @@ _PANELS = {
     "Optimization": (
         "epochs",
         "batch",
+        "accumulate",
         "optimizer",
         "lr",
         "momentum",

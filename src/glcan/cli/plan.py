@@ -45,6 +45,9 @@ def plan(
         bool, typer.Option("--max-batch", help="With --memory: the largest batch of each method.")
     ] = False,
     recompute: Annotated[bool, typer.Option("--recompute", help="Activation checkpointing inside all blocks.")] = False,
+    accumulate: Annotated[
+        int, typer.Option(min=1, help="Parts in which a batch is run, one after the other, for every method.")
+    ] = 1,
     rule: Annotated[str, typer.Option(help="How the blocks learn; see `glcan methods`.")] = "glcan",
     rule_options: Annotated[
         list[str] | None, typer.Option("--rule-option", metavar="KEY=VALUE", help="Option of the rule.")
@@ -76,6 +79,13 @@ def plan(
         raise ConfigError(f"--batch is {batch}; it must be at least 2, because normalisation layers need two images.")
     if max_batch and memory is None:
         raise ConfigError("--max-batch needs a budget: --memory 8GiB.")
+    if accumulate > 1 and max_batch:
+        raise ConfigError(f"--accumulate {accumulate} has no largest batch: memory is that of a part. Leave it out.")
+    if accumulate > 1 and batch < 2 * accumulate:
+        raise ConfigError(
+            f"--accumulate {accumulate} leaves --batch {batch} less than two images a part, which normalisation layers "
+            "need; lower the one or raise the other."
+        )
     if precision not in ("fp32", "bf16"):
         raise ConfigError(f"--precision is {precision!r}; it must be fp32 or bf16.")
     limit = None if memory is None else parse_bytes(memory)
@@ -112,6 +122,7 @@ def plan(
         "image": list(size),
         "precision": precision,
         "optimizer": optimizer,
+        "accumulate": accumulate,
     }
     if isinstance(the_task, tasks.SuperResolution):
         about["scale"] = the_task.scale
@@ -146,12 +157,14 @@ def plan(
         cuts=names,
         memory=limit,
         recompute=recompute,
+        accumulate=accumulate,
         **common,
     )
     if as_json:
         typer.echo(json.dumps({**about, **forecast.as_dict()}, indent=2))
         return
-    console.print(f"{escape(model)}, batch {batch} at {size[0]}x{size[1]}, {precision}, {optimizer}")
+    parts = f" in {accumulate} parts" if accumulate > 1 else ""
+    console.print(f"{escape(model)}, batch {batch}{parts} at {size[0]}x{size[1]}, {precision}, {optimizer}")
     console.print(escape(str(forecast.plan)))
     header, *rows_of_cells = forecast.rows()
     table = Table(*header)

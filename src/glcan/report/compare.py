@@ -59,7 +59,7 @@ def compare(
             ``finish`` and ``finish_lr`` to those with a finish; where the configuration has none, a start is 0.3
             of the steps (super-resolution and detection 0.5) and a finish 0.1.
         methods: "e2e", "checkpoint", "checkpoint-sqrt", or a rule with its number of blocks such as "glcan:4",
-            "glcan:4+start" or "glcan:4+finish".
+            "glcan:4+start" or "glcan:4+finish"; any of them with "+accumulate:4", in place of the configuration's.
         seeds: of the initial weights, the order of the images and their augmentation; one run each.
         out: new, empty, or the directory of this comparison.
         progress: report progress on standard error and print the table.
@@ -98,8 +98,10 @@ def compare(
     write_json(out / REQUEST, request)
     summaries: dict[str, list[Summary]] = {method.name: [] for method in parsed}
     curves: dict[str, list[list[dict[str, Any]]]] = {method.name: [] for method in parsed}
-    end_to_end = next((method for method in parsed if method.rule == "e2e"), None)
-    shared = [m for m in parsed if share_exact and end_to_end is not None and rules.RULES[m.rule].exact]
+    end_to_end = next((method for method in parsed if method.name == "e2e"), None)
+    shared = [
+        m for m in parsed if share_exact and end_to_end and rules.RULES[m.rule].exact and m.accumulate is None
+    ]
     trained = [method for method in parsed if method not in shared]
     for i, (seed, method) in enumerate(itertools.product(seeds, trained)):
         console.print(f"{method.name}, seed {seed} ({i + 1} of {len(seeds) * len(trained)} runs)", style="bold")
@@ -210,6 +212,7 @@ def _configs(config: RunConfig, methods: list[Method], seeds: Sequence[int]) -> 
             "start": (config.start or DEFAULT_START[config.task]) if method.start else 0.0,
             "finish": (config.finish or DEFAULT_FINISH) if method.finish else 0.0,
             "finish_lr": config.finish_lr if method.finish else None,
+            "accumulate": method.accumulate or config.accumulate,
         }
         if not method.baseline:
             change["blocks"] = method.blocks

@@ -1,4 +1,7 @@
-"""How a method of a comparison is written: a baseline's name, or ``rule:blocks`` with ``+start`` or ``+finish``."""
+"""How a method of a comparison is written: a baseline's name, or ``rule:blocks`` with ``+start`` or ``+finish``.
+
+Behind either, ``+accumulate:parts``.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +19,12 @@ class Method:
     """A rule and its number of blocks; the baselines train in one block.
 
     Attributes:
-        name: as the user wrote it, ``"e2e"``, ``"glcan:4"`` or ``"glcan:4+start"``.
+        name: as the user wrote it, ``"e2e"``, ``"glcan:4"``, ``"glcan:4+start"`` or ``"e2e+accumulate:4"``.
         rule: the name of the rule.
         blocks: the number of blocks.
         start: whether the first steps train the whole model at once.
         finish: whether the last steps do.
+        accumulate: the parts in which a batch is run; None: as the settings say.
     """
 
     name: str
@@ -28,6 +32,7 @@ class Method:
     blocks: int
     start: bool = False
     finish: bool = False
+    accumulate: int | None = None
 
     @property
     def baseline(self) -> bool:
@@ -41,42 +46,57 @@ class Method:
 
 
 def parse_method(text: str) -> Method:
-    """Read one method: ``"e2e"``, ``"checkpoint"``, ``"checkpoint-sqrt"``, ``"glcan:4"``, ``"glcan:4+start"`` ...
+    """Read one method: ``"e2e"``, ``"checkpoint"``, ``"e2e+accumulate:4"``, ``"glcan:4"``, ``"glcan:4+start"`` ...
 
     Raises:
         UnknownName: no rule has this name.
         ConfigError: the number of blocks is missing, is no positive integer, or was given to a baseline; or what
             follows it is not known.
     """
-    local, *phases = "".join(text.split()).split("+")
+    local, *rest = "".join(text.split()).split("+")
     rule, colon, blocks = local.partition(":")
     known = rules.names()
     if rule not in known:
         raise UnknownName("method", rule, known, hint="A rule is followed by its number of blocks, as in 'glcan:4'.")
-    if rule in rules.BASELINES:
-        if phases:
-            raise ConfigError(
-                f"Method {text!r} gives a {phases[0]} to {rule!r}, which trains end to end all the time. "
-                f"Write {rule!r} alone."
-            )
-        if colon:
-            raise ConfigError(
-                f"Method {text!r} gives a number of blocks to {rule!r}, which trains end to end in one block. "
-                f"Write {rule!r} alone."
-            )
-        return Method(rule, rule, 1)
-    if not blocks.isdecimal() or int(blocks) < 1:
+    additions = [part.partition(":") for part in rest]
+    phases = [name for name, _, _ in additions if name != "accumulate"]
+    if rule in rules.BASELINES and phases:
+        raise ConfigError(
+            f"Method {text!r} gives a {phases[0]} to {rule!r}, which trains end to end all the time. "
+            f"Write {rule!r} alone."
+        )
+    if rule in rules.BASELINES and colon:
+        raise ConfigError(
+            f"Method {text!r} gives a number of blocks to {rule!r}, which trains end to end in one block. "
+            f"Write {rule!r} alone."
+        )
+    if rule not in rules.BASELINES and (not blocks.isdecimal() or int(blocks) < 1):
         stated = f"the number of blocks {blocks!r}, which is no positive integer" if colon else "no number of blocks"
         raise ConfigError(f"Method {text!r} has {stated}. Write the rule and its blocks, as in '{rule}:4'.")
-    for phase in phases:
-        if phase not in _PHASES or phases.count(phase) > 1:
-            how = " twice" if phase in _PHASES else ""
+    parts = None
+    for i, (name, _, number) in enumerate(additions):
+        twice = name in [earlier for earlier, _, _ in additions[:i]]
+        if name == "accumulate" and not twice:
+            if not number.isdecimal() or int(number) < 1:
+                raise ConfigError(
+                    f"Method {text!r} accumulates over {number!r} parts, which is no positive integer. Write "
+                    f"'{local}+accumulate:4'."
+                )
+            parts = int(number)
+        elif name not in _PHASES or number or twice:
             raise ConfigError(
-                f"Method {text!r} has '+{phase}'{how}; after the number of blocks there may be '+start' and '+finish', "
-                "each once."
+                f"Method {text!r} has '+{rest[i]}'{' twice' if twice else ''}; behind its blocks there may be "
+                "'+start', '+finish' and '+accumulate:PARTS', each once."
             )
-    name = "+".join([f"{rule}:{int(blocks)}", *(phase for phase in _PHASES if phase in phases)])
-    return Method(name, rule, int(blocks), start="start" in phases, finish="finish" in phases)
+    name = "+".join(
+        [
+            rule if rule in rules.BASELINES else f"{rule}:{int(blocks)}",
+            *(phase for phase in _PHASES if phase in phases),
+            *([f"accumulate:{parts}"] if parts else []),
+        ]
+    )
+    number_of_blocks = 1 if rule in rules.BASELINES else int(blocks)
+    return Method(name, rule, number_of_blocks, "start" in phases, "finish" in phases, parts)
 
 
 def parse_methods(texts: Sequence[str]) -> list[Method]:

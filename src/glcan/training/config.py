@@ -115,6 +115,9 @@ class RunConfig(BaseModel):
     """Passes over the training images."""
     batch: int = Field(default=64, ge=1)
     """Images per optimizer step."""
+    accumulate: int = Field(default=1, ge=1)
+    """Parts in which a batch is run, one after the other; their gradients add up. Memory is that of a part; BatchNorm
+    sees the parts one by one."""
     optimizer: Literal["sgd", "adamw", "adam"] = "sgd"
     """Optimizer, one per block."""
     lr: float = Field(default=0.1, gt=0, allow_inf_nan=False)
@@ -213,6 +216,11 @@ class RunConfig(BaseModel):
             raise ConfigError(
                 f"milestones = {self.milestones} need schedule = 'halving' or 'tenths', not {self.schedule!r}; set "
                 "--schedule to one of them or leave --milestones out."
+            )
+        if self.accumulate > self.batch:
+            raise ConfigError(
+                f"accumulate = {self.accumulate} is more than batch = {self.batch}, the images that it divides; lower "
+                "--accumulate or raise --batch."
             )
         if self.memory is not None:
             parse_bytes(self.memory)

@@ -182,13 +182,16 @@ def build(config: RunConfig, data: ImageData | PairData | DetectionData) -> Loca
             clip_norm=config.clip_norm,
             recompute=config.recompute,
             memory=config.memory,
+            accumulate=config.accumulate,
         )
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
+        few, remedy = f"{len(batch[0])} image per batch is", ""
+        if config.accumulate > 1:
+            few, remedy = f"{len(batch[0])} images in {config.accumulate} parts are", " or lower --accumulate"
         raise ConfigError(
-            f"{len(batch[0])} image per batch is too few for the BatchNorm of {config.model!r} ({error}). "
-            "Raise --batch."
+            f"{few} too few for the BatchNorm of {config.model!r} ({error}). Raise --batch{remedy}."
         ) from error
 
 
@@ -391,6 +394,7 @@ class _Training:
                 optimizer=_optimizer(self.config),
                 autocast=autocast_dtype(self.config),
                 clip_norm=self.config.clip_norm,
+                accumulate=self.config.accumulate,
             ).train()
 
     def _batches(self) -> Iterator[tuple[Any, ...]]:
