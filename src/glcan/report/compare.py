@@ -99,9 +99,7 @@ def compare(
     summaries: dict[str, list[Summary]] = {method.name: [] for method in parsed}
     curves: dict[str, list[list[dict[str, Any]]]] = {method.name: [] for method in parsed}
     end_to_end = next((method for method in parsed if method.name == "e2e"), None)
-    shared = [
-        m for m in parsed if share_exact and end_to_end and rules.RULES[m.rule].exact and m.accumulate is None
-    ]
+    shared = [m for m in parsed if share_exact and end_to_end and rules.RULES[m.rule].exact and m.accumulate is None]
     trained = [method for method in parsed if method not in shared]
     for i, (seed, method) in enumerate(itertools.product(seeds, trained)):
         console.print(f"{method.name}, seed {seed} ({i + 1} of {len(seeds) * len(trained)} runs)", style="bold")
