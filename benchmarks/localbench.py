@@ -62,13 +62,14 @@ FINISH = 0.1
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A row of the table: a rule with options of its own, with or without a start or a finish."""
+    """A row of the table: a rule with options of its own, with or without a start, a finish or accumulation."""
 
     name: str
     rule: str
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     start: float = 0.0
     finish: float = 0.0
+    accumulate: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +102,11 @@ def _started(task: str, *names: str) -> tuple[Entry, ...]:
     return tuple(Entry(f"{name}+start", name, start=DEFAULT_START[task]) for name in names)
 
 
+def _accumulated(*parts: int) -> tuple[Entry, ...]:
+    """End-to-end training in parts, which any rule has to be worth more than."""
+    return tuple(Entry(f"e2e+accumulate:{count}", "e2e", accumulate=count) for count in parts)
+
+
 _FINISHED = tuple(Entry(f"{name}+finish", name, finish=FINISH) for name in ("dgl", "glcan"))
 _FASHION = {
     "model": "cifar_resnet32",
@@ -118,11 +124,15 @@ _RULES = _named("e2e", "predsim", "dgl", "infopro", "auglocal", "man", "manpp", 
 
 BENCHES = {
     "classification": Bench(
-        _FASHION, _RULES + _started("classification", "dgl", "glcan") + _FINISHED, (4, 16), (0.05, 0.1, 0.2), (0, 1, 2)
+        _FASHION,
+        _RULES + _started("classification", "dgl", "glcan") + _FINISHED + _accumulated(4, 16),
+        (4, 16),
+        (0.05, 0.1, 0.2),
+        (0, 1, 2),
     ),
     "detection": Bench(
         {"task": "detection", "val": 200},
-        _named("e2e", "dgl", "glcan") + _started("detection", "dgl", "glcan"),
+        _named("e2e", "dgl", "glcan") + _started("detection", "dgl", "glcan") + _accumulated(4),
         (4,),
         (1e-3, 2e-3, 4e-3),
         (0, 1),
@@ -134,6 +144,7 @@ BENCHES = {
             *_named("e2e", "glcan"),
             *_started("super-resolution", "glcan"),
             Entry("glcan+finish", "glcan", finish=FINISH),
+            *_accumulated(4),
         ),
         (4,),
         (5e-4, 1e-3, 2e-3),
@@ -247,12 +258,14 @@ class Plan:
             blocks=None if entry.rule in rules.BASELINES else blocks,
             start=entry.start,
             finish=entry.finish,
+            accumulate=entry.accumulate,
             lr=rate,
             seed=seed,
             device=self.device,
         )
         what = config.model_dump(mode="json", exclude={"device", "data_root", "workers", "download"})
-        what = {name: value for name, value in what.items() if value}  # what is off may be newer than a run's file
+        # What is off may be newer than a run's file.
+        what = {name: value for name, value in what.items() if value and (name, value) != ("accumulate", 1)}
         digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]
         label = f"{entry.name}-k{blocks}-lr{rate:g}-seed{seed}-{digest}"
         label = "".join(c if c.isalnum() or c in "-+." else "_" for c in label)
