@@ -50,14 +50,15 @@ class Comparison:
 COMPARISONS = {
     "fashion_mnist_resnet32": Comparison(
         "fashion-mnist-resnet32",
-        ("e2e", "checkpoint", "glcan:4", "glcan:4+start", "glcan:16", "glcan:16+start"),
+        ("e2e", "checkpoint", "e2e+accumulate:4", "glcan:4", "glcan:4+start", "glcan:16", "glcan:16+start"),
         (0, 1, 2),
     ),
     "photographs_edsr_small": Comparison(
-        "photographs-edsr-small-x2", ("e2e", "checkpoint", "glcan:4", "glcan:4+start")
+        "photographs-edsr-small-x2", ("e2e", "checkpoint", "e2e+accumulate:4", "glcan:4")
     ),
     "scenes_fcos_small": Comparison(
-        {"task": "detection"}, ("e2e", "checkpoint", "dgl:4", "dgl:4+start", "glcan:4", "glcan:4+start")
+        {"task": "detection"},
+        ("e2e", "checkpoint", "e2e+accumulate:4", "dgl:4", "dgl:4+start", "glcan:4", "glcan:4+start"),
     ),
 }
 

@@ -178,6 +178,7 @@ def test_what_cannot_fit_is_explained() -> None:
     assert "No plan fits 6 MiB" in message
     assert "of activations in block" in message
     assert "a batch of about" in message
+    assert "the same batch in about" in message
     assert "bf16" in message
     with pytest.raises(ConfigError, match="parameters, optimizer state"):
         glcan.plan(network, sample=sample, memory="1MiB", optimizer=partial(AdamW, lr=1e-3))

@@ -165,8 +165,8 @@ def plan(
             where several cost the same within 4 % of end-to-end training, the one with the fewest blocks. Recomputing
             blocks is part of the search.
         baselines: what to compare with, by the names of rules; "e2e+accumulate:N" is end-to-end training with each
-            batch in N parts. They accumulate as the plan does. None: the rules, and with a plan in blocks of batches
-            that are not accumulated, as many parts as there are blocks.
+            batch in N parts. They accumulate as the plan does. None: the rules, and beside a plan in blocks whose
+            batches are not accumulated, as many parts as there are blocks, four at most.
 
     Raises:
         ConfigError: nothing fits the budget (says what holds the peak, and what would help), or see `LocalLearner`.
@@ -186,7 +186,7 @@ def plan(
         chosen = bench.fit(limit)
     if baselines is None:
         baselines = rules.BASELINES
-        parts = min(chosen.plan.blocks, len(bench.batch[0]) // 2)  # of two images at least, for BatchNorm
+        parts = min(chosen.plan.blocks, len(bench.batch[0]) // 2, 4)  # of two images at least, for BatchNorm
         if parts > 1 and accumulate == 1:
             baselines = (*baselines, f"e2e+accumulate:{parts}")
     others = bench.baselines([name for name in baselines if name != chosen.rule])
@@ -558,6 +558,8 @@ class _Bench:
             )
             fits = max(1, int(batch * max(0.0, limit - fixed) / max(1, best.cost.peak_bytes - fixed)))
             helps = [f"a batch of about {fits}" if fits < batch else "a smaller batch"]
+            if fits < batch and self.accumulate == 1:
+                helps.append(f"the same batch in about {-(-batch // fits)} parts (accumulate)")
             if self.autocast is None:
                 helps.append("bf16 precision, which about halves the activations")
             helps.append("smaller images")

@@ -9,6 +9,12 @@ import typer
 
 from glcan.cli.options import Recipe, Task, configure, free_folder, settings
 
+_METHODS = {
+    "classification": "e2e,checkpoint,e2e+accumulate:4,glcan:4,glcan:4+start",
+    "super-resolution": "e2e,checkpoint,e2e+accumulate:4,glcan:4",
+    "detection": "e2e,checkpoint,dgl:4,glcan:4,glcan:4+start",
+}
+
 
 @settings(without=("rule", "blocks", "memory", "recompute", "seed"))
 def compare(
@@ -18,7 +24,8 @@ def compare(
         typer.Option(
             help="Methods, separated by commas: baselines (e2e, checkpoint, checkpoint-sqrt), RULE:BLOCKS, "
             "RULE:BLOCKS+start and RULE:BLOCKS+finish; any of them with +accumulate:PARTS. [default: "
-            "e2e,checkpoint,glcan:4,glcan:4+start; detection e2e,checkpoint,dgl:4,glcan:4,glcan:4+start]"
+            "e2e,checkpoint,e2e+accumulate:4,glcan:4,glcan:4+start; super-resolution the same without the last; "
+            "detection e2e,checkpoint,dgl:4,glcan:4,glcan:4+start]"
         ),
     ] = None,
     seeds: Annotated[str, typer.Option(help="Seeds, separated by commas; each method is trained with each.")] = "0",
@@ -36,9 +43,9 @@ def compare(
 ) -> None:
     """Compare methods: the task's metric, peak memory and step time, each against end-to-end training.
 
-    Without arguments: end-to-end, activation checkpointing and GLCAN with 4 blocks, without and with a start end to
-    end, on the embedded digits; for super-resolution on the bundled photographs, with bicubic enlargement beside them;
-    for detection on the embedded scenes, with the rule dgl too.
+    Without arguments: end-to-end training, the same with activation checkpointing and with gradient accumulation, and
+    GLCAN with 4 blocks, without and with a start end to end, on the embedded digits; for super-resolution on the
+    bundled photographs, with bicubic enlargement beside them; for detection on the embedded scenes, with the rule dgl.
     """
     from rich.console import Console
 
@@ -54,8 +61,7 @@ def compare(
     if out is None:
         out = free_folder(f"compare-{Path(config.data).name}-{config.model}".replace("/", "_").replace(":", "."))
     if methods is None:
-        rival = "dgl:4," if config.task == "detection" else ""
-        methods = f"e2e,checkpoint,{rival}glcan:4,glcan:4+start"
+        methods = _METHODS[config.task]
     names = [name.strip() for name in methods.split(",") if name.strip()]
     result = run_comparison(config, names, numbers, out, progress=not quiet, share_exact=share_exact)
     if quiet:
