@@ -91,7 +91,7 @@ class Forecast:
             found["memory_bytes"] = self.memory
         if "e2e" in self.baselines:
             found["vs_e2e"] = self.ratios("e2e")
-        found["vs_checkpoint"] = {name: self.ratios(name) for name in self.baselines if name != "e2e"}
+        found["vs_checkpoint"] = {name: self.ratios(name) for name in self.baselines if name.startswith("checkpoint")}
         found["baselines"] = {
             name: {
                 "peak_bytes": cost.peak_bytes,
