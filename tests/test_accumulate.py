@@ -69,6 +69,23 @@ class TestGradients:
         assert_close(found, expected, tolerance=1e-12)
         assert_close(losses, expected_losses, tolerance=1e-12)
 
+    def test_end_to_end_steps_are_those_of_the_baseline(self) -> None:
+        chain = model()
+        built = learner(chain, 3, **RULES["glcan"])
+        built.end_to_end = True
+        built.backward(*batch())
+        _, expected = backward(1, 8, rule="e2e")
+        assert_close(gradients(chain), expected, tolerance=1e-12)
+
+    def test_frozen_blocks_get_none(self) -> None:
+        chain = model()
+        built = learner(chain, 2, **RULES["glcan"])
+        built.frozen = 1
+        losses = built.backward(*batch())
+        assert list(losses) == ["block2", "block3"]
+        assert chain.stem.weight.grad is None
+        assert chain.fc.weight.grad is not None
+
     def test_of_joint_images_are_the_mean_over_the_parts(self) -> None:
         _, found = backward(2, 8, **JOINT)
         images, labels = batch(8)

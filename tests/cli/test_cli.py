@@ -258,6 +258,8 @@ def test_compare_hands_over_what_was_given(glcan, tmp_path, monkeypatch):
     monkeypatch.setattr("glcan.report.tables.terminal", lambda comparison: "the table")
     monkeypatch.chdir(tmp_path)
     assert glcan("compare").exit_code == 0
+    assert glcan("compare", "--batch", "4").exit_code == 0
+    assert calls.pop()[0][1] == ["e2e", "checkpoint", "glcan:4", "glcan:4+start"]
     quiet = glcan("compare", "--methods", "e2e, glcan:2", "--seeds", "3,4", "--lr", "0.2", "--quiet")
     assert quiet.exit_code == 0
     assert "the table" in quiet.output
