@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import tempfile
 from pathlib import Path
@@ -69,13 +70,12 @@ def measure(case: Case, rule: str, groups: int, folder: Path) -> dict[str, Any]:
     learner.train()
     device = next(learner.model.parameters()).device
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
+    loader = data.loader("train", case.group, epoch=config.epochs)
+    batches = [to_device(batch, device, layout) for batch in itertools.islice(loader, groups)]
+    whole = LocalLearner(learner.model, learner.task, batches[0], rule="e2e", autocast=learner.autocast).train()
     local: list[list[Tensor]] = []
     true: list[list[Tensor]] = []
-    whole: LocalLearner | None = None
-    for batch in _groups(data, case.group, groups, config.epochs):
-        batch = to_device(batch, device, layout)
-        if whole is None:
-            whole = LocalLearner(learner.model, learner.task, batch, rule="e2e", autocast=learner.autocast).train()
+    for batch in batches:
         learner.backward(*batch)
         local.append(_taken(learner))
         whole.backward(*batch)
@@ -95,21 +95,14 @@ def measure(case: Case, rule: str, groups: int, folder: Path) -> dict[str, Any]:
     }
 
 
-def _groups(data: Any, size: int, count: int, epoch: int) -> Any:
-    for i, batch in enumerate(data.loader("train", size, epoch=epoch)):
-        if i == count:
-            return
-        yield batch
-
-
 def _taken(learner: LocalLearner) -> list[Tensor]:
     """The gradient of each block's weights of the model, as one vector; none is left."""
     found = []
     for unit in learner.plan.units:
         parameters = [p for u in unit for p in learner.model.get_submodule(u.name).parameters() if p.requires_grad]
         found.append(torch.cat([_flat(p) for p in parameters]) if parameters else torch.zeros(1))
-    for module in (learner.model, learner.auxiliary):
-        nn.Module.zero_grad(module)
+    learner.model.zero_grad()
+    learner.auxiliary.zero_grad()
     return found
 
 

@@ -58,6 +58,8 @@ from glcan.training.trainer import to_device
 RESULTS = Path(__file__).parent / "results" / "localbench"
 PROBE_IMAGES = 5000
 FINISH = 0.1
+#: Settings that came after the first runs, whose value for "off" is not a false one.
+OFF = {"accumulate": 1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,7 +267,7 @@ class Plan:
         )
         what = config.model_dump(mode="json", exclude={"device", "data_root", "workers", "download"})
         # What is off may be newer than a run's file.
-        what = {name: value for name, value in what.items() if value and (name, value) != ("accumulate", 1)}
+        what = {name: value for name, value in what.items() if value and value != OFF.get(name)}
         digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]
         label = f"{entry.name}-k{blocks}-lr{rate:g}-seed{seed}-{digest}"
         label = "".join(c if c.isalnum() or c in "-+." else "_" for c in label)

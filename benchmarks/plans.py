@@ -85,10 +85,9 @@ def main() -> None:
 def _table(plans: list[dict[str, Any]]) -> str:
     rows = [HEADER, "| --- | ---: | ---: | ---: | ---: | ---: | --- | --- | --- |"]
     for plan in plans:
-        ratios = plan["vs_e2e"]
+        ratios, theirs = plan["vs_e2e"], plan["baselines"]["e2e"]
         others, accumulated = [], "–"
         for name, mine in plan["baselines"].items():
-            theirs = plan["baselines"]["e2e"]
             activations = mine["activation_peak_bytes"] / theirs["activation_peak_bytes"]
             if name.startswith("checkpoint"):
                 others.append(f"{activations:.3f}×, {mine['flops_per_step'] / theirs['flops_per_step']:.2f}×")

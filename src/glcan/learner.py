@@ -424,11 +424,9 @@ class LocalLearner:
         if self.accumulate == 1:
             return self._run_part(batch, scaler, finish)
         images = len(batch[0])
-        parts = min(self.accumulate, images)
-        ends = [images - images * (parts - i) // parts for i in range(parts + 1)]  # the larger parts first
         losses: dict[str, Tensor] = {}
         after_block = self.after_block
-        for begin, end in itertools.pairwise(ends):
+        for begin, end in _parts(images, self.accumulate):
             complete, share = end == images, (end - begin) / images
             self.after_block = after_block if complete else None
             try:
@@ -715,8 +713,13 @@ class LocalLearner:
 
 def first_part(task: tasks.Task, batch: tuple[Any, ...], accumulate: int) -> tuple[Any, ...]:
     """The first of so many parts of a batch, which is the largest."""
-    images = len(batch[0])
-    return batch if accumulate == 1 else task.part(batch, 0, -(-images // min(accumulate, max(1, images))))
+    return batch if accumulate == 1 else task.part(batch, *_parts(len(batch[0]), accumulate)[0])
+
+
+def _parts(images: int, accumulate: int) -> list[tuple[int, int]]:
+    """Where so many parts of a batch begin and end: as many as there are images at most, the larger ones first."""
+    parts = max(1, min(accumulate, images))
+    return list(itertools.pairwise(images - images * (parts - i) // parts for i in range(parts + 1)))
 
 
 def _no_autocast(like: Tensor) -> contextlib.AbstractContextManager[Any]:

@@ -58,45 +58,48 @@ def parse_method(text: str) -> Method:
     known = rules.names()
     if rule not in known:
         raise UnknownName("method", rule, known, hint="A rule is followed by its number of blocks, as in 'glcan:4'.")
+    baseline = rule in rules.BASELINES
     additions = [part.partition(":") for part in rest]
     phases = [name for name, _, _ in additions if name != "accumulate"]
-    if rule in rules.BASELINES and phases:
+    if baseline and phases:
         raise ConfigError(
             f"Method {text!r} gives a {phases[0]} to {rule!r}, which trains end to end all the time. "
             f"Write {rule!r} alone."
         )
-    if rule in rules.BASELINES and colon:
+    if baseline and colon:
         raise ConfigError(
             f"Method {text!r} gives a number of blocks to {rule!r}, which trains end to end in one block. "
             f"Write {rule!r} alone."
         )
-    if rule not in rules.BASELINES and (not blocks.isdecimal() or int(blocks) < 1):
+    if not baseline and (not blocks.isdecimal() or int(blocks) < 1):
         stated = f"the number of blocks {blocks!r}, which is no positive integer" if colon else "no number of blocks"
         raise ConfigError(f"Method {text!r} has {stated}. Write the rule and its blocks, as in '{rule}:4'.")
     parts = None
     for i, (name, _, number) in enumerate(additions):
         twice = name in [earlier for earlier, _, _ in additions[:i]]
-        if name == "accumulate" and not twice:
+        if twice or name not in (*_PHASES, "accumulate") or (name in _PHASES and number):
+            raise ConfigError(
+                f"Method {text!r} has '+{rest[i]}'{' twice' if twice else ''}; behind its blocks there may be "
+                "'+start', '+finish' and '+accumulate:PARTS', each once."
+            )
+        if name == "accumulate":
             if not number.isdecimal() or int(number) < 1:
                 raise ConfigError(
                     f"Method {text!r} accumulates over {number!r} parts, which is no positive integer. Write "
                     f"'{local}+accumulate:4'."
                 )
             parts = int(number)
-        elif name not in _PHASES or number or twice:
-            raise ConfigError(
-                f"Method {text!r} has '+{rest[i]}'{' twice' if twice else ''}; behind its blocks there may be "
-                "'+start', '+finish' and '+accumulate:PARTS', each once."
-            )
-    name = "+".join(
-        [
-            rule if rule in rules.BASELINES else f"{rule}:{int(blocks)}",
-            *(phase for phase in _PHASES if phase in phases),
-            *([f"accumulate:{parts}"] if parts else []),
-        ]
+    written = [rule if baseline else f"{rule}:{int(blocks)}", *(phase for phase in _PHASES if phase in phases)]
+    if parts is not None:
+        written.append(f"accumulate:{parts}")
+    return Method(
+        "+".join(written),
+        rule,
+        1 if baseline else int(blocks),
+        start="start" in phases,
+        finish="finish" in phases,
+        accumulate=parts,
     )
-    number_of_blocks = 1 if rule in rules.BASELINES else int(blocks)
-    return Method(name, rule, number_of_blocks, "start" in phases, "finish" in phases, parts)
 
 
 def parse_methods(texts: Sequence[str]) -> list[Method]:
