@@ -18,6 +18,7 @@ from torch.optim import SGD, AdamW
 
 from glcan import LiveMemory, LocalLearner, measure_step
 from glcan.errors import CheckpointError, ConfigError, CutError, DataError, UnknownName
+from glcan.isolation import Isolation
 from glcan.models import create
 from glcan.tasks import Classification
 
@@ -688,6 +689,25 @@ def test_recomputation_is_for_blocks_that_exist() -> None:
         LocalLearner(model, sample=batch, blocks=3, recompute=["block9"])
     with pytest.raises(ConfigError, match="choose the baseline 'checkpoint'"):
         LocalLearner(model, sample=batch, rule="e2e", recompute=True)
+
+
+def test_the_isolation_does_not_look_at_the_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """AdamW and clipping have hundreds of operations, and a look at one takes as long as a small one itself."""
+    seen: list[str] = []
+    look = Isolation.__torch_function__
+
+    def watch(self: Isolation, func: Any, *arguments: Any) -> Any:
+        seen.append(func.__name__)
+        return look(self, func, *arguments)
+
+    monkeypatch.setattr(Isolation, "__torch_function__", watch)
+    counts = []
+    for options in ({"optimizer": partial(SGD, lr=0.1)}, {"optimizer": ADAM, "clip_norm": 1.0}):
+        learner = LocalLearner(built(Small), sample=TINY, cuts=["b", "d"], **options)
+        seen.clear()
+        learner.step(*TINY)
+        counts.append(len(seen))
+    assert counts[0] == counts[1]
 
 
 def test_blocks_report_when_they_are_trained() -> None:

@@ -567,8 +567,9 @@ class LocalLearner:
                 )
             if name not in self.auxiliary:
                 return
-            loss = self._local_backward(boundary.detached() if self.end_to_end else boundary, batch, backward)
-            done(boundary.block, loss)
+            with isolation.suspended():  # thousands of small operations: a detector's losses, the optimizer's step
+                loss = self._local_backward(boundary.detached() if self.end_to_end else boundary, batch, backward)
+                done(boundary.block, loss)
 
         args, kwargs = self._arguments(batch)
         isolation.on_boundary, isolation.isolating = at_cut, not self.end_to_end
@@ -593,7 +594,7 @@ class LocalLearner:
                 )
             with isolation.replay() if last else contextlib.nullcontext():
                 backward(loss, weights[1])
-                done(last, loss.detach())
+        done(last, loss.detach())
         return losses
 
     @contextlib.contextmanager
@@ -624,10 +625,9 @@ class LocalLearner:
         name = self.names[boundary.block]
         network = self.auxiliary[name]
         runs = self.rule.segments(network) if name in self.plan.recompute else []
-        with self._isolation.suspended():  # thousands of small operations in a detector's losses
-            with checkpointed(network, runs):
-                prediction = network(boundary, batch)
-            loss = self.rule.local_loss(self.task, prediction, batch)
+        with checkpointed(network, runs):
+            prediction = network(boundary, batch)
+        loss = self.rule.local_loss(self.task, prediction, batch)
         del prediction
         if loss.requires_grad:  # not where everything in it is a copy, and `end_to_end`
             backward(loss)

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD
+from torch.optim import SGD, AdamW
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models.detection import FCOS
 
 from glcan import LocalLearner, plan, profile
 from glcan.errors import ConfigError
-from glcan.isolation import Boundary
+from glcan.isolation import Boundary, Isolation
 from glcan.models import create
+from glcan.rules import dense_head
 from glcan.rules.dense_head import DenseHead, pyramid_grids, scale_of, total_classes
 from glcan.rules.glcan.detection import DetectionAuxiliary, fit_width, levels_of, pyramid_flops
 from glcan.tasks import Detection, detection
@@ -213,6 +216,41 @@ def test_a_head_on_maps_of_other_sizes() -> None:
     losses = head([torch.rand(2, 16, 8, 8), torch.rand(2, 16, 3, 5)], images, targets)
     assert set(losses) == {"classification", "bbox_regression", "bbox_ctrness"}
     assert all(loss.isfinite() for loss in losses.values())
+
+
+def test_all_blocks_learn_from_one_assignment_of_objects_to_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Networks on the same levels share it: the losses are those of each by itself, and a new step has a new one."""
+    cuts = ["backbone.body.layer1.0", "backbone.body.layer1.1"]
+    learner = LocalLearner(detector("fcos_small"), "detection", batch(), cuts=cuts, rule_options={"joint": 0})
+    count = mock.Mock(side_effect=FCOS.compute_loss)
+    monkeypatch.setattr(FCOS, "compute_loss", lambda *args: count(*args))
+    shared = learner.backward(*batch())
+    assert count.call_count == 2  # the model itself, and the first of two networks
+    monkeypatch.setattr(dense_head, "_ASSIGNED", mock.Mock(setdefault=lambda images, known: {}))
+    alone = learner.backward(*batch())
+    assert count.call_count == 5
+    assert {name: loss.item() for name, loss in shared.items()} == {name: loss.item() for name, loss in alone.items()}
+    monkeypatch.undo()
+    images, targets = batch()
+    moved = [{**targets[0], "boxes": targets[0]["boxes"] / 2}, targets[1]]
+    assert learner.backward(images, moved)["block1"] != shared["block1"]
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_to_the_isolation_the_losses_are_one_operation(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    look = Isolation.__torch_function__
+
+    def watch(self: Isolation, func: Any, *arguments: Any) -> Any:
+        seen.append(func.__name__)
+        return look(self, func, *arguments)
+
+    learner = LocalLearner(detector(name), "detection", batch(), cuts=CUTS, optimizer=partial(AdamW, lr=1e-3))
+    monkeypatch.setattr(Isolation, "__torch_function__", watch)
+    learner.step(*batch())
+    assert seen.count("compute_loss") == 1
+    assert not {"sum", "clamp", "addcdiv_", "sub_", "_foreach_mul_"} & set(seen)  # of the losses, of the optimizer
+    assert "compute_loss" not in vars(learner.model)
 
 
 def test_it_needs_less_memory_than_end_to_end_training() -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,9 @@ __all__ = ["DenseHead", "convolution", "head_flops", "pyramid_grids", "scale_of"
 _PRIOR = 0.01  # FCOS, section 4.1: the initial score of every class
 _RADIUS = 1.5  # FCOS, section 3.2 of the journal version: center sampling, in strides
 _GROUP = 8  # channels of a group of the normalisation
+
+#: For the images of a step and maps of these grids: places, and which object each is to find. The same for all blocks.
+_ASSIGNED: WeakKeyDictionary[Any, dict[Any, tuple[list[Tensor], list[Tensor]]]] = WeakKeyDictionary()
 
 
 def convolution(channels: int, width: int, stride: int = 1) -> nn.Sequential:
@@ -54,6 +58,7 @@ class DenseHead(nn.Module):
         from torchvision.models.detection._utils import BoxLinearCoder
 
         self.scale = scale
+        self._assigned: list[list[Tensor]] = []  # what `FCOS.compute_loss` has just handed to `compute_loss`
         self.box_coder = BoxLinearCoder(normalize_by_size=True)
         self.center_sampling_radius = _RADIUS / scale
         self.tower = nn.Sequential(*(convolution(width, width) for _ in range(depth)))
@@ -84,8 +89,12 @@ class DenseHead(nn.Module):
             predictions["bbox_regression"].append(boxes[..., :4].relu())
             predictions["bbox_ctrness"].append(boxes[..., 4:])
         outputs = {name: torch.cat(levels, 1) for name, levels in predictions.items()}
+        grids = tuple((m.shape[-2], m.shape[-1]) for m in maps)
+        known = _ASSIGNED.setdefault(images, {})
+        if (found := known.get((grids, self.scale))) is not None:
+            return self.compute_loss(targets, outputs, *found)
         height, width = images.tensors.shape[-2:]
-        strides = [max(height // m.shape[-2], width // m.shape[-1]) for m in maps]
+        strides = [max(height // h, width // w) for h, w in grids]
         anchors = AnchorGenerator(tuple((s * self.scale,) for s in strides), ((1.0,),) * len(strides))
         places = anchors(images, list(maps))
         losses: dict[str, Tensor] = FCOS.compute_loss(
@@ -93,8 +102,9 @@ class DenseHead(nn.Module):
             targets,
             outputs,
             places,
-            [m.shape[-2] * m.shape[-1] for m in maps],
+            [h * w for h, w in grids],
         )
+        known[grids, self.scale] = places, self._assigned.pop()
         return losses
 
     @property
@@ -102,11 +112,20 @@ class DenseHead(nn.Module):
         """What `FCOS.compute_loss` asks for."""
         return self
 
-    def compute_loss(self, *arguments: Any) -> dict[str, Tensor]:
-        """As torchvision's head of FCOS has it."""
+    def compute_loss(
+        self, targets: list[dict[str, Tensor]], outputs: dict[str, Tensor], places: list[Tensor], objects: list[Tensor]
+    ) -> dict[str, Tensor]:
+        """As torchvision's head of FCOS has it; of each place its object, int64 [N] an image, -1 for none."""
         from torchvision.models.detection.fcos import FCOSHead
 
-        losses: dict[str, Tensor] = FCOSHead.compute_loss(self, *arguments)  # type: ignore[arg-type]  # its `box_coder`
+        self._assigned[:] = [objects]
+        losses: dict[str, Tensor] = FCOSHead.compute_loss(
+            self,  # type: ignore[arg-type]  # it reads `box_coder` of its head
+            targets,
+            outputs,
+            places,
+            objects,
+        )
         return losses
 
 

@@ -6,14 +6,18 @@ Shapes: B images of a batch, N boxes of one image, C channels, H height, W width
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from glcan.errors import ConfigError, DataError
+from glcan.isolation import tensors_in
 from glcan.tasks.base import Task
 
 _PART = 2**22  # predictions for which the losses are computed at a time: 16 MiB of them
@@ -65,7 +69,10 @@ class Detection(Task):
 
     @contextlib.contextmanager
     def running(self, model: nn.Module) -> Iterator[None]:
-        """Keeps what the model's transform makes of a batch, and computes the losses of its head in parts."""
+        """Keeps what the model's transform makes of a batch, and computes the losses of its head in parts.
+
+        The losses are thousands of small operations. To whatever watches operations, as `Isolation` does, they are one.
+        """
 
         def keep(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
             if arguments and len(arguments[0]):
@@ -75,6 +82,9 @@ class Detection(Task):
             if isinstance(transform := getattr(model, "transform", None), nn.Module):
                 stack.callback(transform.register_forward_hook(keep).remove)
             stack.enter_context(losses_in_parts(model))
+            if inspect.ismethod(losses := getattr(model, "compute_loss", None)):  # torchvision's of one stage
+                vars(model)["compute_loss"] = _as_one_operation(losses)
+                stack.callback(vars(model).pop, "compute_loss")
             try:
                 yield
             finally:
@@ -133,15 +143,27 @@ def losses_in_parts(model: nn.Module) -> Iterator[None]:
             multiplied, divided = _on_objects([match]), divisor(matched, image)
             return [value * multiplied / divided for value in losses.values()]
 
-        # seen by the isolation as an operation of the glue, as the losses themselves would be
-        found = _InParts.apply(loss, *(output.view_as(output) for output in outputs.values()))
+        found = _InParts.apply(loss, *outputs.values())
         return dict(zip(names, found, strict=True))
 
-    vars(head)["compute_loss"] = in_parts
+    vars(head)["compute_loss"] = _as_one_operation(in_parts)  # its `Function` alone would not be seen by an `Isolation`
     try:
         yield
     finally:
         del vars(head)["compute_loss"]
+
+
+def _as_one_operation(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function, which torch function modes see as an operation, and not the operations in it."""
+
+    @functools.wraps(function)
+    def operation(*args: Any, **kwargs: Any) -> Any:
+        tensors = tuple(tensors_in((args, kwargs)))
+        if has_torch_function(tensors):
+            return handle_torch_function(function, tensors, *args, **kwargs)
+        return function(*args, **kwargs)
+
+    return operation
 
 
 def _on_objects(matched: list[Tensor]) -> Tensor:
