@@ -274,6 +274,9 @@ def test_compare_hands_over_what_was_given(glcan, tmp_path, monkeypatch):
         [3, 4],
         {"progress": False, "share_exact": False},
     )
+    calls.clear()
+    assert [glcan("compare", "detection", *flag).exit_code for flag in ([], ["--train-exact"])] == [0, 0]
+    assert [options["share_exact"] for _, options in calls] == [True, False]
     refused = glcan("compare", "--seeds", "one")
     assert refused.exit_code == 2
     assert "--seeds 'one' is no list of whole numbers" in refused.stderr

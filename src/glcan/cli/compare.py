@@ -12,7 +12,7 @@ from glcan.cli.options import Recipe, Task, configure, free_folder, settings
 _METHODS = {
     "classification": "e2e,checkpoint,e2e+accumulate:4,glcan:4,glcan:4+start",
     "super-resolution": "e2e,checkpoint,e2e+accumulate:4,glcan:4",
-    "detection": "e2e,checkpoint,dgl:4,glcan:4,glcan:4+start",
+    "detection": "e2e,checkpoint,dgl:4,glcan:4",
 }
 
 
@@ -25,7 +25,7 @@ def compare(
             help="Methods, separated by commas: baselines (e2e, checkpoint, checkpoint-sqrt), RULE:BLOCKS, "
             "RULE:BLOCKS+start and RULE:BLOCKS+finish; any of them with +accumulate:PARTS. [default: "
             "e2e,checkpoint,e2e+accumulate:4,glcan:4,glcan:4+start; super-resolution the same without the last; "
-            "detection e2e,checkpoint,dgl:4,glcan:4,glcan:4+start]"
+            "detection e2e,checkpoint,dgl:4,glcan:4]"
         ),
     ] = None,
     seeds: Annotated[str, typer.Option(help="Seeds, separated by commas; each method is trained with each.")] = "0",
@@ -34,9 +34,13 @@ def compare(
     ] = None,
     recipe: Recipe = None,
     share_exact: Annotated[
-        bool,
-        typer.Option("--share-exact", help="Do not train checkpointing, which computes what e2e does; only meter it."),
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--share-exact/--train-exact",
+            help="Whether checkpointing, which computes what e2e does, is only metered, or trained as well. "
+            "[default: trained; detection: metered]",
+        ),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress, only the result.")] = False,
     *,
     given: dict[str, Any],
@@ -65,6 +69,8 @@ def compare(
         if config.batch < 8:  # parts of a single image, which BatchNorm may refuse
             methods = methods.replace("e2e+accumulate:4,", "")
     names = [name.strip() for name in methods.split(",") if name.strip()]
+    if share_exact is None:
+        share_exact = config.task == "detection"  # minutes of training there
     result = run_comparison(config, names, numbers, out, progress=not quiet, share_exact=share_exact)
     if quiet:
         Console(highlight=False).print(terminal(result))
