@@ -405,7 +405,7 @@ def work(jobs: Iterable[Job], count: int, title: str, console: Console) -> None:
     missing = list({job.file: job for job in jobs if not (job.file.exists() or taken_over(job))}.values())
     if not missing:
         return
-    threads = max(1, (os.cpu_count() or 1) // count)
+    threads = max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) // count))  # OMP_NUM_THREADS counts
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("runs"))
     failures: list[str] = []
     with (
