@@ -27,9 +27,6 @@ _PRIOR = 0.01  # FCOS, section 4.1: the initial score of every class
 _RADIUS = 1.5  # FCOS, section 3.2 of the journal version: center sampling, in strides
 _GROUP = 8  # channels of a group of the normalisation
 
-#: For the images of a step and maps of these grids: places, and which object each is to find. The same for all blocks.
-_ASSIGNED: WeakKeyDictionary[Any, dict[Any, tuple[list[Tensor], list[Tensor]]]] = WeakKeyDictionary()
-
 
 def convolution(channels: int, width: int, stride: int = 1) -> nn.Sequential:
     """A 3x3 convolution, GroupNorm and ReLU; not BatchNorm, because detectors train with two images."""
@@ -58,9 +55,7 @@ class DenseHead(nn.Module):
         from torchvision.models.detection._utils import BoxLinearCoder
 
         self.scale = scale
-        self._assigned: list[list[Tensor]] = []  # what `FCOS.compute_loss` has just handed to `compute_loss`
         self.box_coder = BoxLinearCoder(normalize_by_size=True)
-        self.center_sampling_radius = _RADIUS / scale
         self.tower = nn.Sequential(*(convolution(width, width) for _ in range(depth)))
         self.logits = nn.Conv2d(width, classes, 3, padding=1)
         self.boxes = nn.Conv2d(width, 4 + 1, 3, padding=1)
@@ -78,8 +73,7 @@ class DenseHead(nn.Module):
             maps: of the levels, the finest one first, [B, width, H, W] each.
             images, targets: as the detector's own transform gave them (torchvision's ``ImageList``; boxes resized).
         """
-        from torchvision.models.detection import FCOS
-        from torchvision.models.detection.anchor_utils import AnchorGenerator
+        from torchvision.models.detection.fcos import FCOSHead
 
         predictions: dict[str, list[Tensor]] = {"cls_logits": [], "bbox_regression": [], "bbox_ctrness": []}
         for feature_map in maps:
@@ -89,44 +83,58 @@ class DenseHead(nn.Module):
             predictions["bbox_regression"].append(boxes[..., :4].relu())
             predictions["bbox_ctrness"].append(boxes[..., 4:])
         outputs = {name: torch.cat(levels, 1) for name, levels in predictions.items()}
-        grids = tuple((m.shape[-2], m.shape[-1]) for m in maps)
         known = _ASSIGNED.setdefault(images, {})
-        if (found := known.get((grids, self.scale))) is not None:
-            return self.compute_loss(targets, outputs, *found)
-        height, width = images.tensors.shape[-2:]
-        strides = [max(height // h, width // w) for h, w in grids]
-        anchors = AnchorGenerator(tuple((s * self.scale,) for s in strides), ((1.0,),) * len(strides))
-        places = anchors(images, list(maps))
-        losses: dict[str, Tensor] = FCOS.compute_loss(
-            self,  # type: ignore[arg-type]  # it reads `center_sampling_radius` and `head` of its model
-            targets,
-            outputs,
-            places,
-            [h * w for h, w in grids],
-        )
-        known[grids, self.scale] = places, self._assigned.pop()
-        return losses
-
-    @property
-    def head(self) -> DenseHead:
-        """What `FCOS.compute_loss` asks for."""
-        return self
-
-    def compute_loss(
-        self, targets: list[dict[str, Tensor]], outputs: dict[str, Tensor], places: list[Tensor], objects: list[Tensor]
-    ) -> dict[str, Tensor]:
-        """As torchvision's head of FCOS has it; of each place its object, int64 [N] an image, -1 for none."""
-        from torchvision.models.detection.fcos import FCOSHead
-
-        self._assigned[:] = [objects]
+        key = self.scale, tuple(m.shape[-2:] for m in maps)
+        if key not in known:
+            known[key] = assign(self.scale, maps, images, targets)
         losses: dict[str, Tensor] = FCOSHead.compute_loss(
             self,  # type: ignore[arg-type]  # it reads `box_coder` of its head
             targets,
             outputs,
-            places,
-            objects,
+            *known[key],
         )
         return losses
+
+
+#: Of a step's images, by the scale of a head and the sizes of its maps: what `assign` gave. Blocks have it in common.
+_ASSIGNED: WeakKeyDictionary[Any, dict[Any, tuple[list[Tensor], list[Tensor]]]] = WeakKeyDictionary()
+
+
+def assign(
+    scale: float, maps: Sequence[Tensor], images: Any, targets: list[dict[str, Tensor]]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Of each image its places, float [N, 4], and the object that each of them is to find, int64 [N], -1 for none.
+
+    Args:
+        scale, maps, images, targets: as `DenseHead` takes them.
+    """
+    from torchvision.models.detection import FCOS
+    from torchvision.models.detection.anchor_utils import AnchorGenerator
+
+    height, width = images.tensors.shape[-2:]
+    strides = [max(height // m.shape[-2], width // m.shape[-1]) for m in maps]
+    places = AnchorGenerator(tuple((s * scale,) for s in strides), ((1.0,),) * len(strides))(images, list(maps))
+    found = _Assignment(_RADIUS / scale)
+    FCOS.compute_loss(
+        found,  # type: ignore[arg-type]
+        targets,
+        {},
+        places,
+        [m.shape[-2] * m.shape[-1] for m in maps],
+    )
+    return places, found.objects
+
+
+class _Assignment:
+    """What `FCOS.compute_loss` asks of its model and of the model's head, to which it hands the objects."""
+
+    def __init__(self, center_sampling_radius: float) -> None:
+        self.center_sampling_radius = center_sampling_radius
+        self.head = self
+        self.objects: list[Tensor] = []
+
+    def compute_loss(self, targets: Any, outputs: Any, places: Any, objects: list[Tensor]) -> None:
+        self.objects = objects
 
 
 def pyramid_grids(profile: Profile) -> list[tuple[int, int]]:
