@@ -253,6 +253,19 @@ def test_to_the_isolation_the_losses_are_one_operation(name: str, monkeypatch: p
     assert "compute_loss" not in vars(learner.model)
 
 
+def test_losses_of_a_users_own_are_looked_into() -> None:
+    class Own(FCOS):
+        def compute_loss(self, *arguments: Any) -> dict[str, Tensor]:
+            return super().compute_loss(*arguments)
+
+    model = detector("fcos_small")
+    for kind, wrapped in ((type(model), True), (Own, False)):
+        model.__class__ = kind
+        with Detection().running(model):
+            assert ("compute_loss" in vars(model)) == wrapped
+        assert "compute_loss" not in vars(model)
+
+
 def test_it_needs_less_memory_than_end_to_end_training() -> None:
     model = detector("retinanet_small", image_size=160)
     sample = ([torch.rand(3, 160, 160)] * 4, [batch()[1][0]] * 4)

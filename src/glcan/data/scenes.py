@@ -1,10 +1,10 @@
 """Scenes: real garments (or digits) in colour, pasted on real photographs, with their boxes. Made here, no download.
 
-Objects come from Fashion-MNIST where it is found, grouped into five kinds that differ in shape, else from scikit-
-learn's digits, the five even ones. Backgrounds are the photographs that the wheels of scikit-image and scikit-learn
-hold. Train and test scenes have no object and no photograph in common. Each scene has one to five objects of three
-sizes, an octave apart: 1/8 to 1/4 of the side of the image, 1/4 to 1/2, and 1/2 to 3/4; turned by up to 15 degrees,
-tinted, partly overlapping.
+Objects come from Fashion-MNIST where it is found, grouped into five kinds that differ in shape, else from the five
+even digits of scikit-learn. Backgrounds are the photographs that the wheels of scikit-image and scikit-learn hold.
+Train and test scenes have no object and no photograph in common. Each scene has one to five objects of three sizes, an
+octave apart: 1/8 to 1/4 of the side of the image, 1/4 to 1/2, and 1/2 to 3/4; turned by up to 15 degrees, tinted,
+partly overlapping.
 
 Scene i is a function of (part, side, seed, i) alone, so that fewer scenes are the first of more.
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -82,8 +81,8 @@ class Detection(Task):
             if isinstance(transform := getattr(model, "transform", None), nn.Module):
                 stack.callback(transform.register_forward_hook(keep).remove)
             stack.enter_context(losses_in_parts(model))
-            if inspect.ismethod(losses := getattr(model, "compute_loss", None)):  # torchvision's of one stage
-                vars(model)["compute_loss"] = _as_one_operation(losses)
+            if _has_torchvisions_losses(model):
+                vars(model)["compute_loss"] = _as_one_operation(model.compute_loss)  # type: ignore[arg-type]
                 stack.callback(vars(model).pop, "compute_loss")
             try:
                 yield
@@ -107,6 +106,14 @@ class Detection(Task):
 
     def local_loss(self, prediction: Any, batch: tuple[Any, ...]) -> Tensor:
         return total_loss(prediction, "An auxiliary network")
+
+
+def _has_torchvisions_losses(model: nn.Module) -> bool:
+    """Whether its losses come from what the method is given alone; one of the user's own may run units as well."""
+    from torchvision.models.detection import FCOS, RetinaNet
+
+    own = getattr(type(model), "compute_loss", None)
+    return own in (FCOS.compute_loss, RetinaNet.compute_loss) and "compute_loss" not in vars(model)
 
 
 @contextlib.contextmanager
