@@ -18,7 +18,6 @@ from torch.optim import SGD, AdamW
 
 from glcan import LiveMemory, LocalLearner, measure_step
 from glcan.errors import CheckpointError, ConfigError, CutError, DataError, UnknownName
-from glcan.isolation import Isolation
 from glcan.models import create
 from glcan.tasks import Classification
 
@@ -693,14 +692,7 @@ def test_recomputation_is_for_blocks_that_exist() -> None:
 
 def test_the_isolation_does_not_look_at_the_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
     """AdamW and clipping have hundreds of operations, and a look at one takes as long as a small one itself."""
-    seen: list[str] = []
-    look = Isolation.__torch_function__
-
-    def watch(self: Isolation, func: Any, *arguments: Any) -> Any:
-        seen.append(func.__name__)
-        return look(self, func, *arguments)
-
-    monkeypatch.setattr(Isolation, "__torch_function__", watch)
+    seen = zoo.watched(monkeypatch)
     counts = []
     for options in ({"optimizer": partial(SGD, lr=0.1)}, {"optimizer": ADAM, "clip_norm": 1.0}):
         learner = LocalLearner(built(Small), sample=TINY, cuts=["b", "d"], **options)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glcan.isolation import tensors_in
+from glcan.isolation import Isolation, tensors_in
 from glcan.profile import Profile
 
 
@@ -280,3 +280,16 @@ def histogram(names: list[str]) -> dict[str, int]:
     for name in names:
         counts[name.rstrip("0123456789").rstrip(".")] += 1
     return dict(counts)
+
+
+def watched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of all operations that an `Isolation` will have looked at, as a list that grows."""
+    seen: list[str] = []
+    look = Isolation.__torch_function__
+
+    def watch(self: Isolation, func: Any, *arguments: Any) -> Any:
+        seen.append(func.__name__)
+        return look(self, func, *arguments)
+
+    monkeypatch.setattr(Isolation, "__torch_function__", watch)
+    return seen

@@ -8,6 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
+from tests import zoo
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 from torch.utils.flop_counter import FlopCounterMode
@@ -15,7 +16,7 @@ from torchvision.models.detection import FCOS
 
 from glcan import LocalLearner, plan, profile
 from glcan.errors import ConfigError
-from glcan.isolation import Boundary, Isolation
+from glcan.isolation import Boundary
 from glcan.models import create
 from glcan.rules import dense_head
 from glcan.rules.dense_head import DenseHead, pyramid_grids, scale_of, total_classes
@@ -238,15 +239,8 @@ def test_all_blocks_learn_from_one_assignment_of_objects_to_places(monkeypatch: 
 
 @pytest.mark.parametrize("name", SMALL)
 def test_to_the_isolation_the_losses_are_one_operation(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[str] = []
-    look = Isolation.__torch_function__
-
-    def watch(self: Isolation, func: Any, *arguments: Any) -> Any:
-        seen.append(func.__name__)
-        return look(self, func, *arguments)
-
     learner = LocalLearner(detector(name), "detection", batch(), cuts=CUTS, optimizer=partial(AdamW, lr=1e-3))
-    monkeypatch.setattr(Isolation, "__torch_function__", watch)
+    seen = zoo.watched(monkeypatch)
     learner.step(*batch())
     assert seen.count("compute_loss") == 1
     assert not {"sum", "clamp", "addcdiv_", "sub_", "_foreach_mul_"} & set(seen)  # of the losses, of the optimizer

@@ -49,7 +49,8 @@ def compare(
 
     Without arguments: end-to-end training, the same with activation checkpointing and with gradient accumulation, and
     GLCAN with 4 blocks, without and with a start end to end, on the embedded digits; for super-resolution on the
-    bundled photographs, with bicubic enlargement beside them; for detection on the embedded scenes, with the rule dgl.
+    bundled photographs, with bicubic enlargement beside them and no start; for detection on the embedded scenes, with
+    the rule dgl in place of accumulation and start.
     """
     from rich.console import Console
 
