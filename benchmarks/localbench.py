@@ -121,13 +121,20 @@ _FASHION = {
     "channels_last": True,
     "precision": "bf16",  # half the time on a CPU with instructions for it (AMX)
 }
+_ALONE = {"joint": 0.0}  # what the auxiliary networks do alone, without joint images
 _UNLIMITED = {"unit_share": 0.0, "unit_cost": 0.0, "memory": 100.0}  # so that the budget alone sets the width
 _RULES = _named("e2e", "predsim", "dgl", "infopro", "auglocal", "man", "manpp", "glcan")
 
 BENCHES = {
     "classification": Bench(
         _FASHION,
-        _RULES + _started("classification", "dgl", "glcan") + _FINISHED + _accumulated(4, 16),
+        (
+            *_RULES,
+            Entry("glcan without joint images", "glcan", _ALONE),
+            *_started("classification", "dgl", "glcan"),
+            *_FINISHED,
+            *_accumulated(4, 16),
+        ),
         (4, 16),
         (0.05, 0.1, 0.2),
         (0, 1, 2),
@@ -157,18 +164,21 @@ BENCHES = {
         _FASHION,
         (
             Entry("glcan", "glcan"),
-            Entry("both branches", "glcan", {"use_local": True}),
-            Entry("local only", "glcan", {"use_global": False}),
-            Entry("backbone units", "glcan", {"unit": "backbone"}),
-            Entry("backbone units, momentum", "glcan", {"unit": "backbone", "momentum": 0.99}),
+            Entry("without joint images", "glcan", _ALONE),
+            *(
+                Entry(f"{name}, without joint images", "glcan", options | _ALONE)
+                for name, options in (
+                    ("both branches", {"use_local": True}),
+                    ("local only", {"use_global": False}),
+                    ("backbone units", {"unit": "backbone"}),
+                    ("backbone units, momentum", {"unit": "backbone", "momentum": 0.99}),
+                    *((f"depth {depth}", {"depth": depth}) for depth in (1, 2, 8)),
+                    *((f"budget {share:.0%}", {"budget": share} | _UNLIMITED) for share in (0.02, 0.05, 0.1, 0.2, 0.5)),
+                )
+            ),
             *(
                 Entry(f"joint images {share:.0%}", "glcan", {"joint": share, "joint_weight": share})
-                for share in (0.25, 0.5)
-            ),
-            *(Entry(f"depth {depth}", "glcan", {"depth": depth}) for depth in (1, 2, 8)),
-            *(
-                Entry(f"budget {budget:.0%}", "glcan", {"budget": budget} | _UNLIMITED)
-                for budget in (0.02, 0.05, 0.1, 0.2, 0.5)
+                for share in (0.25, 0.5, 0.6, 0.75)
             ),
         ),
         (4, 16),

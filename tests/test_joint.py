@@ -223,9 +223,9 @@ def test_the_plan_knows_of_it() -> None:
 
 def test_options_of_networks_that_are_not_built_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"glcan\.budget is 0\.2, but there are no.* with joint_weight 1\. "):
-        create_rule("glcan", {"joint": 0.25, "joint_weight": 1.0, "budget": 0.2}).joint(Classification())
+        create_rule("glcan", {"joint": 0.25, "joint_weight": 1.0, "budget": 0.2}).joint(Classification(), 4)
     with pytest.raises(ConfigError, match=r"use_local is False.*the default of super-resolution"):
-        create_rule("glcan", {"use_local": False}).joint(SuperResolution())
+        create_rule("glcan", {"use_local": False}).joint(SuperResolution(), 4)
 
 
 def test_bad_values() -> None:
@@ -236,4 +236,4 @@ def test_bad_values() -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             create_rule("glcan", options)
-    assert create_rule("glcan", {"joint": 0.25, "joint_weight": 1.0}).joint(Classification()) == Joint(0.25, 1.0)
+    assert create_rule("glcan", {"joint": 0.25, "joint_weight": 1.0}).joint(Classification(), 4) == Joint(0.25, 1.0)

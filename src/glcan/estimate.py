@@ -127,7 +127,7 @@ def auxiliary_costs(
     Networks of the same structure are metered once; ``known`` remembers them from one number of blocks to the next.
     """
     known = {} if known is None else known
-    if rule.joint(task).weight == 1:
+    if rule.joint(task, blocks).weight == 1:
         return {}
 
     def run(model: nn.Module, batch: tuple[Any, ...]) -> dict[str, AuxiliaryCost]:

@@ -157,7 +157,6 @@ class LocalLearner:
             if self.rule.local:
                 cuts, recompute = self.forecast.plan.cuts or None, self.forecast.plan.recompute
                 blocks = None if cuts else 1
-        self._joint = self.rule.joint(self.task)
         batch = first_part(self.task, tuple(sample), accumulate)
         args, kwargs = self.task.arguments(batch)
         if profile is None:
@@ -168,6 +167,7 @@ class LocalLearner:
         self.profile: Profile = profile
         self.task.prepare(self.profile.output, batch)
         self.plan = self._make_plan(batch, blocks, cuts, recompute)
+        self._joint = self.rule.joint(self.task, self.plan.blocks)
         self.names = names = self.plan.names
         self._users = self._find_users()
         skipping: _Crossing = {}
@@ -230,7 +230,7 @@ class LocalLearner:
                 cost = estimate.block_bytes
                 most = self.rule.long_end(self.task)
                 if most and not recompute:
-                    share = 1 - self._joint.images(self.profile.batch) / self.profile.batch
+                    share = 1 - self.rule.joint(self.task, blocks).images(self.profile.batch) / self.profile.batch
                     cuts, recompute = longest_end(self.profile, blocks, cost, estimate.end, most, share)
                     blocks = None
             return make_plan(self.profile, blocks=blocks, cuts=cuts, cost=cost, recompute=recompute)

@@ -27,22 +27,24 @@ class Joint:
     are made; memory is that of the larger part. Normalisation over the batch sees the two parts one by one.
 
     Attributes:
-        share: of the images of a batch, rounded down; 0 for none. A single image would be none, since BatchNorm may
-            need two; but with a weight of 1 there is always one at least.
+        share: of the images of a batch, rounded down; 0 for none.
         weight: of the joint gradient in all blocks but the last one, in 0 ... 1; the local gradient has the rest. With
             1 there are no auxiliary networks, and the other images train the last block alone. In the last block every
             image counts as much.
+        least: fewer images than this are none, since normalisation over the batch needs some; but with a weight of 1
+            there is always one at least.
     """
 
     share: float = 0.0
     weight: float = 0.5
+    least: int = 2
 
     def images(self, batch: int) -> int:
         """How many images of a batch of this size are joint ones."""
         found = math.floor(self.share * batch)
         if self.weight == 1:
             return max(1, found) if self.share else 0
-        return found if found > 1 else 0
+        return found if found >= self.least else 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,8 +164,8 @@ class Rule(ABC):
         """What may be recomputed so that the last block can be longer; see `most` of `glcan.plan.longest_end`."""
         return 0.0
 
-    def joint(self, task: Task) -> Joint:
-        """What part of each batch is trained end to end."""
+    def joint(self, task: Task, blocks: int) -> Joint:
+        """What part of each batch is trained end to end, of a model in so many blocks."""
         return Joint()
 
     def before_pass(self, auxiliary: nn.ModuleDict, model: nn.Module) -> None:

@@ -49,7 +49,10 @@ from glcan.tasks.super_resolution import SuperResolution
 
 _BUDGETS = {"classification": 0.07, "super-resolution": 0.045, "detection": 0.09}
 _LONG_ENDS = {"classification": 0.0, "super-resolution": 0.32, "detection": 0.08}
-_JOINT = {"classification": (0.0, 0.25), "super-resolution": (0.33, 1.0), "detection": (0.25, 0.25)}
+_JOINT = {"super-resolution": Joint(0.33, 1.0), "detection": Joint(0.25, 0.25)}
+# Classification: with so many blocks that the auxiliary networks cost what recomputing does, most images can be joint
+# ones; and how many there are at least, for the statistics of BatchNorm.
+_MANY, _MOST_JOINT, _LEAST_JOINT = 12, 0.6, 16
 _UNIT_SHARES = {"classification": 0.6, "super-resolution": 0.3, "detection": 0.0}
 # Classification with light units, and super-resolution: how far networks of the same structure are drawn together.
 _COUPLING = 0.1
@@ -102,9 +105,10 @@ class GLCAN(Rule):
                 longer within the memory of the other blocks, up to this share of the model's forward FLOPs; 0: not;
                 none: the task's own default, 0.32 for super-resolution, 0.08 for detection, 0 for classification.
             joint: share of each batch on which all blocks learn end to end, see `glcan.rules.Joint`; none: the task's
-                own default, 0.33 for super-resolution, 0.25 for detection, 0 for classification.
+                own default, 0.33 for super-resolution, 0.25 for detection, for classification 1 / K of batches that
+                have 16 images for it (0.6 with 12 blocks and more, whose joint images are recomputed).
             joint_weight: of that gradient in all blocks but the last one; with 1 there are no auxiliary networks; none:
-                1 for super-resolution, 0.25 for detection and classification.
+                1 for super-resolution, 0.25 for detection, the share itself for classification.
         """
 
         budget: float | None = None
@@ -292,13 +296,16 @@ class GLCAN(Rule):
     def long_end(self, task: Task) -> float:
         return _LONG_ENDS[task.name] if self.config.long_end is None else self.config.long_end
 
-    def joint(self, task: Task) -> Joint:
-        share, weight = _JOINT[task.name]
-        if self.config.joint is not None:
-            share = self.config.joint
-        weight = self.config.joint_weight or weight
-        if not share:
+    def joint(self, task: Task, blocks: int) -> Joint:
+        if blocks == 1 or self.config.joint == 0:
             return Joint()
+        found = _JOINT.get(task.name)
+        if found is None:
+            share = self.config.joint or (_MOST_JOINT if blocks >= _MANY else 1 / blocks)
+            found = Joint(share, share, _LEAST_JOINT)
+        if self.config.joint is not None:
+            found = Joint(self.config.joint, found.weight)
+        weight = self.config.joint_weight or found.weight
         given = [f.name for f in dataclasses.fields(self.config) if getattr(self.config, f.name) != f.default]
         if weight == 1 and (useless := [name for name in given if name not in ("joint", "joint_weight", "long_end")]):
             raise ConfigError(
@@ -306,7 +313,7 @@ class GLCAN(Rule):
                 f"joint_weight 1{'' if self.config.joint_weight else f', the default of {task.name}'}. Leave it out, "
                 "or set joint_weight below 1 or joint to 0."
             )
-        return Joint(share, weight)
+        return dataclasses.replace(found, weight=weight)
 
     def before_pass(self, auxiliary: nn.ModuleDict, model: nn.Module) -> None:
         own = [network for network in auxiliary.values() if not isinstance(network, LookAhead)]
