@@ -194,7 +194,7 @@ def cost(blocks: int | None, **options: Any) -> Any:
 
 
 def test_it_costs_no_memory_and_saves_flops() -> None:
-    whole, local = cost(None), cost(4)
+    whole, local = cost(None), cost(4, joint=0.0)
     mixed, exact = cost(4, joint=0.25), cost(4, joint=0.25, joint_weight=1.0)
     assert mixed.peak_bytes <= local.peak_bytes
     assert mixed.flops < local.flops
@@ -204,8 +204,38 @@ def test_it_costs_no_memory_and_saves_flops() -> None:
 
 
 def test_joint_images_are_recomputed_where_they_would_set_the_peak() -> None:
-    local, mixed = cost(12, coupling=0.0), cost(12, coupling=0.0, joint=0.25)
+    local, mixed = cost(12, coupling=0.0, joint=0.0), cost(12, coupling=0.0, joint=0.25)
     assert mixed.peak_bytes <= local.peak_bytes
+
+
+@pytest.mark.parametrize(("blocks", "share"), [(2, 1 / 2), (4, 1 / 4), (8, 1 / 8), (16, 1 / 16)])
+def test_classification_has_as_many_as_cost_no_memory(blocks: int, share: float) -> None:
+    joint = create_rule("glcan", {}).joint(Classification(), blocks)
+    assert (joint.share, joint.weight) == (share, share)
+    assert joint.images(256) == int(share * 256)
+    assert joint.images(30) == 0  # too few for BatchNorm
+
+
+def test_options_change_the_default_share() -> None:
+    task = Classification()
+    assert create_rule("glcan", {}).joint(task, 1) == Joint()
+    assert create_rule("glcan", {"joint": 0.0}).joint(task, 16) == Joint()
+    assert create_rule("glcan", {"joint": 0.3}).joint(task, 16) == Joint(0.3, 0.3)
+    assert create_rule("glcan", {"joint_weight": 0.5}).joint(task, 4) == Joint(0.25, 0.5, least=16)
+    assert create_rule("glcan", {"joint": 0.5}).joint(SuperResolution(), 4) == Joint(0.5, 1.0)
+
+
+def test_the_default_costs_no_memory_with_any_number_of_blocks() -> None:
+    sample = torch.rand(256, 3, 8, 8), torch.randint(0, 10, (256,))
+
+    def peak(blocks: int, **options: Any) -> Any:
+        resnet = create("cifar_resnet32", num_classes=10)
+        return measure_step(LocalLearner(resnet, sample=sample, blocks=blocks, rule_options=options), *sample)
+
+    for blocks in (2, 3, 4, 8, 16):
+        with_joint, without = peak(blocks), peak(blocks, joint=0.0)
+        assert with_joint.activation_peak_bytes <= without.activation_peak_bytes, blocks
+        assert with_joint.flops <= 1.01 * without.flops, blocks
 
 
 def test_the_plan_knows_of_it() -> None:

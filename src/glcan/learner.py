@@ -17,9 +17,9 @@ from glcan import rules, tasks
 from glcan.checkpointing import checkpointed, in_parts, segments_of, with_large_end
 from glcan.dryrun import dry_run
 from glcan.errors import CheckpointError, ConfigError, CutError, GradientLeak
-from glcan.estimate import Estimate, auxiliary_costs, measure_pieces
+from glcan.estimate import Estimate, Piece, auxiliary_costs, measure_pieces
 from glcan.isolation import Boundary, Crossings, Isolation, leaked_parameters, overridden, tensors_in
-from glcan.plan import Plan, cut_places, longest_end, make_plan
+from glcan.plan import Plan, cut_places, longest_end, make_plan, numbers_of_blocks, recomputed_at_once
 from glcan.profile import Feature, Profile, read_feature
 from glcan.profile import profile as take_profile
 from glcan.rules import Site
@@ -201,7 +201,7 @@ class LocalLearner:
         self._isolation.crossings = crossings
         self._segments = [run for run in segments_of(self.profile) if run[0] not in self.profile.parted]
         self._recomputed = self._find_recomputed()
-        self._joint_recomputed = self._find_joint_recomputed()
+        self._joint_recomputed = self._find_joint_recomputed(batch)
         self.after_block: Callable[[str], None] | None = None
         self.frozen = 0
         self.end_to_end = False
@@ -222,11 +222,8 @@ class LocalLearner:
         if self.rule.local:
             cost = None
             if cuts is None and blocks is not None and 1 < blocks < len(cut_places(self.profile)):
-                args, kwargs = self.task.arguments(batch)
-                with self.task.running(self.model):
-                    pieces = measure_pieces(self.model, args, kwargs, self.profile, assume=self.task.assumes)
                 auxiliary = auxiliary_costs(self.rule, self.model, self.profile, self.task, batch, blocks)
-                estimate = Estimate(self.profile, pieces, auxiliary)
+                estimate = Estimate(self.profile, self._measure_pieces(batch), auxiliary)
                 cost = estimate.block_bytes
                 most = self.rule.long_end(self.task)
                 if most and not recompute:
@@ -245,6 +242,11 @@ class LocalLearner:
                 "or choose a local rule such as 'glcan'."
             )
         return make_plan(self.profile, blocks=1)
+
+    def _measure_pieces(self, batch: tuple[Any, ...]) -> dict[str, Piece]:
+        args, kwargs = self.task.arguments(batch)
+        with self.task.running(self.model):
+            return measure_pieces(self.model, args, kwargs, self.profile, assume=self.task.assumes)
 
     def _entering(self, block: int) -> tuple[Feature, ...]:
         """What the block hands to the next one and needs a gradient (nothing where all of it is frozen)."""
@@ -272,10 +274,13 @@ class LocalLearner:
         wanted.update(names[0] for names in together if len(names) == 1)
         return [run for run in self._segments if run[0] in wanted] + [names for names in together if len(names) > 1]
 
-    def _find_joint_recomputed(self) -> list[list[str]]:
-        """The chains that are recomputed for joint images: all, where these would save more than the largest block."""
-        saved = [sum(unit.saved_bytes for unit in block) for block in self.plan.units]
-        return self._segments if self._joint.share * sum(saved) > max(saved) else []
+    def _find_joint_recomputed(self, batch: tuple[Any, ...]) -> list[list[str]]:
+        """The chains of units that are recomputed for joint images, so that these do not set the peak."""
+        share = self._joint.images(self.profile.batch) / self.profile.batch
+        if not share or self.plan.blocks not in numbers_of_blocks(self.profile):
+            return []
+        estimate = Estimate(self.profile, self._measure_pieces(batch))
+        return recomputed_at_once(self.profile, self.plan.blocks, estimate.block_bytes, estimate.end, share)
 
     def _check_trained(self) -> None:
         for k, cut in enumerate(self.plan.cuts):

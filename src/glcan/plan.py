@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
 import itertools
@@ -15,6 +16,7 @@ from glcan.profile import Feature, Profile, Unit
 
 __all__ = [
     "BlockCost",
+    "EndCost",
     "Plan",
     "cheapest_cuts",
     "choose_cuts",
@@ -22,10 +24,14 @@ __all__ = [
     "longest_end",
     "make_plan",
     "numbers_of_blocks",
+    "recomputed_at_once",
 ]
 
 BlockCost = Callable[[int, int], int]
 """What a block costs, by the places (see `cut_places`) where it begins and ends."""
+
+EndCost = Callable[[int, int, float], tuple[int, list[tuple[int, int]]]]
+"""What the last block costs, and its segments that are recomputed, see `glcan.estimate.Estimate.end`."""
 
 
 # How much larger than the largest of even blocks those with a long last one may be.
@@ -207,7 +213,7 @@ def longest_end(
     profile: Profile,
     blocks: int,
     cost: BlockCost,
-    end: Callable[[int, int, float], tuple[int, list[tuple[int, int]]]],
+    end: EndCost,
     most: float,
     share: float = 1.0,
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -218,8 +224,7 @@ def longest_end(
 
     Args:
         profile, blocks, cost: as `choose_cuts` takes them.
-        end: what the last block costs, by the place where it begins, the place up to which its activations are
-            recomputed and the bound on that cost; and the places where each segment of that begins and ends.
+        end: what the last block costs.
         most: forward FLOPs of what may be recomputed, as a share of the model's.
         share: of a batch's images that go through the last block at once, the rest being `glcan.rules.Joint` images.
     """
@@ -248,6 +253,28 @@ def longest_end(
         names = tuple(profile.units[places[i]].name for i in begins[1:])
         return names, tuple(name for a, b in end(last, stop, room)[1] for name in _segments(runs[a:b]))
     return cuts, ()
+
+
+def recomputed_at_once(profile: Profile, blocks: int, cost: BlockCost, end: EndCost, share: float) -> list[list[str]]:
+    """Chains of units to recompute where a share of each batch trains all blocks at once, see `glcan.rules.Joint`.
+
+    They are as few as keep these images within the memory of the largest block where `choose_cuts` cuts, beginning with
+    the model's first units, or all, where that is not enough.
+
+    Args:
+        profile, blocks, cost, end: as `longest_end` takes them.
+        share: of a batch's images that run at once.
+
+    Raises:
+        CutError: the model cannot be cut into so many blocks.
+    """
+    places = cut_places(profile)
+    begins = [0, *(places.index(profile.unit(cut).index) for cut in choose_cuts(profile, blocks, cost))]
+    room = max(cost(i, j) for i, j in itertools.pairwise([*begins, len(places) - 1])) / share
+    runs = [profile.units[a:b] for a, b in itertools.pairwise(places)]
+    most = next((k for k, run in enumerate(runs) if any(u.name in profile.parted for u in run)), len(runs))
+    stop = bisect.bisect_left(range(most), x=True, key=lambda stop: end(0, stop, room)[0] <= room)
+    return [name.split(_TOGETHER) for a, b in end(0, stop, room)[1] for name in _segments(runs[a:b])]
 
 
 def _segments(runs: Sequence[Sequence[Unit]]) -> Iterator[str]:

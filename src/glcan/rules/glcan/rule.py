@@ -49,10 +49,9 @@ from glcan.tasks.super_resolution import SuperResolution
 
 _BUDGETS = {"classification": 0.07, "super-resolution": 0.045, "detection": 0.09}
 _LONG_ENDS = {"classification": 0.0, "super-resolution": 0.32, "detection": 0.08}
-_JOINT = {"super-resolution": Joint(0.33, 1.0), "detection": Joint(0.25, 0.25)}
-# Classification: with so many blocks that the auxiliary networks cost what recomputing does, most images can be joint
-# ones; and how many there are at least, for the statistics of BatchNorm.
-_MANY, _MOST_JOINT, _LEAST_JOINT = 12, 0.6, 16
+_JOINT = {"super-resolution": Joint(0.5, 1.0), "detection": Joint(0.25, 0.25)}
+# Classification: joint images, at least, for the statistics of BatchNorm.
+_LEAST_JOINT = 16
 _UNIT_SHARES = {"classification": 0.6, "super-resolution": 0.3, "detection": 0.0}
 # Classification with light units, and super-resolution: how far networks of the same structure are drawn together.
 _COUPLING = 0.1
@@ -105,8 +104,8 @@ class GLCAN(Rule):
                 longer within the memory of the other blocks, up to this share of the model's forward FLOPs; 0: not;
                 none: the task's own default, 0.32 for super-resolution, 0.08 for detection, 0 for classification.
             joint: share of each batch on which all blocks learn end to end, see `glcan.rules.Joint`; none: the task's
-                own default, 0.33 for super-resolution, 0.25 for detection, for classification 1 / K of batches that
-                have 16 images for it (0.6 with 12 blocks and more, whose joint images are recomputed).
+                own default, 0.5 for super-resolution, 0.25 for detection, for classification 1 / K where that is 16
+                images or more.
             joint_weight: of that gradient in all blocks but the last one; with 1 there are no auxiliary networks; none:
                 1 for super-resolution, 0.25 for detection, the share itself for classification.
         """
@@ -301,7 +300,7 @@ class GLCAN(Rule):
             return Joint()
         found = _JOINT.get(task.name)
         if found is None:
-            share = self.config.joint or (_MOST_JOINT if blocks >= _MANY else 1 / blocks)
+            share = self.config.joint or 1 / blocks
             found = Joint(share, share, _LEAST_JOINT)
         if self.config.joint is not None:
             found = Joint(self.config.joint, found.weight)
