@@ -166,6 +166,7 @@ class LocalLearner:
             profile = with_large_end(model, profile, cuts or ())
         self.profile: Profile = profile
         self.task.prepare(self.profile.output, batch)
+        self._pieces: dict[str, Piece] | None = None
         self.plan = self._make_plan(batch, blocks, cuts, recompute)
         self._joint = self.rule.joint(self.task, self.plan.blocks)
         self.names = names = self.plan.names
@@ -223,7 +224,7 @@ class LocalLearner:
             cost = None
             if cuts is None and blocks is not None and 1 < blocks < len(cut_places(self.profile)):
                 auxiliary = auxiliary_costs(self.rule, self.model, self.profile, self.task, batch, blocks)
-                estimate = Estimate(self.profile, self._measure_pieces(batch), auxiliary)
+                estimate = Estimate(self.profile, self._measured_pieces(batch), auxiliary)
                 cost = estimate.block_bytes
                 most = self.rule.long_end(self.task)
                 if most and not recompute:
@@ -243,10 +244,12 @@ class LocalLearner:
             )
         return make_plan(self.profile, blocks=1)
 
-    def _measure_pieces(self, batch: tuple[Any, ...]) -> dict[str, Piece]:
-        args, kwargs = self.task.arguments(batch)
-        with self.task.running(self.model):
-            return measure_pieces(self.model, args, kwargs, self.profile, assume=self.task.assumes)
+    def _measured_pieces(self, batch: tuple[Any, ...]) -> dict[str, Piece]:
+        if self._pieces is None:
+            args, kwargs = self.task.arguments(batch)
+            with self.task.running(self.model):
+                self._pieces = measure_pieces(self.model, args, kwargs, self.profile, assume=self.task.assumes)
+        return self._pieces
 
     def _entering(self, block: int) -> tuple[Feature, ...]:
         """What the block hands to the next one and needs a gradient (nothing where all of it is frozen)."""
@@ -279,7 +282,7 @@ class LocalLearner:
         share = self._joint.images(self.profile.batch) / self.profile.batch
         if not share or self.plan.blocks not in numbers_of_blocks(self.profile):
             return []
-        estimate = Estimate(self.profile, self._measure_pieces(batch))
+        estimate = Estimate(self.profile, self._measured_pieces(batch))
         return recomputed_at_once(self.profile, self.plan.blocks, estimate.block_bytes, estimate.end, share)
 
     def _check_trained(self) -> None:
