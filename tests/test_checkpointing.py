@@ -197,7 +197,7 @@ def test_parts_change_no_gradient_and_hold_less(count: int) -> None:
         twin = copy.deepcopy(model)
         before = {name: vars(module).get("forward") for name, module in twin.named_modules()}
         meter = LiveMemory(twin, inputs=low)
-        with meter, in_parts(twin, run):
+        with meter, in_parts(twin, run, count):
             output = twin(low)
             output.square().mean().backward()
         assert {name: vars(module).get("forward") for name, module in twin.named_modules()} == before

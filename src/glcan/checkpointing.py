@@ -97,13 +97,13 @@ def with_large_end(model: nn.Module, profile: Profile, cuts: Collection[str] = (
 
 
 @contextlib.contextmanager
-def in_parts(model: nn.Module, run: Sequence[str]) -> Iterator[None]:
-    """While this is open, a run of units takes some images of the batch at a time, forward and backward.
+def in_parts(model: nn.Module, run: Sequence[str], batch: int) -> Iterator[None]:
+    """While this is open, a run of units takes an eighth of so many images at a time, forward and backward.
 
     Kept for the backward pass is what enters the run, and never more than a part's activations beside it. As with
     `checkpointed`, the run is computed twice.
     """
-    with _together(model, [run] if run else [], functools.partial(_recomputed, parts=_PARTS)):
+    with _together(model, [run] if run else [], functools.partial(_recomputed, part=math.ceil(batch / _PARTS))):
         yield
 
 
@@ -128,7 +128,7 @@ def _hand_on(value: Tensor) -> Tensor:
     return value
 
 
-def _recomputed(forwards: list[Callable[..., Any]], modules: list[nn.Module], parts: int = 1) -> Callable[..., Any]:
+def _recomputed(forwards: list[Callable[..., Any]], modules: list[nn.Module], part: int | None = None) -> Callable[..., Any]:
     norms = [m for module in modules for m in module.modules() if isinstance(m, _NormBase) and m.track_running_stats]
 
     writes = getattr(_first_leaf(modules[0]), "inplace", False)
@@ -152,9 +152,9 @@ def _recomputed(forwards: list[Callable[..., Any]], modules: list[nn.Module], pa
 
     def run(*args: Any, **kwargs: Any) -> Any:
         args, kwargs = tree_map(lambda leaf: leaf, (args, kwargs))  # lists of one's own: the model may append to its
-        if parts == 1 or kwargs or len(args) != 1:
+        if part is None or kwargs or len(args) != 1:
             return again(*args, **kwargs)
-        return torch.cat([again(images) for images in args[0].split(math.ceil(len(args[0]) / parts))])
+        return torch.cat([again(images) for images in args[0].split(part)])
 
     return run
 

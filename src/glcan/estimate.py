@@ -89,7 +89,7 @@ def measure_pieces(
             lambda boundary: train(starts[boundary.block], (*boundary.entering, *boundary.skipping)),
             {cut: profile.crossing[cut] for cut in cuts},
         )
-        with torch.enable_grad(), meter, in_parts(model, profile.parted), isolation:
+        with torch.enable_grad(), meter, in_parts(model, profile.parted, profile.batch), isolation:
             output = model(*batch[0], **batch[1])
             with isolation.replay():
                 train(starts[isolation.block], tuple(isolation.twin(t) for t in tensors_in(output)))

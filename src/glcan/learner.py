@@ -515,7 +515,11 @@ class LocalLearner:
     def _joint_backward(self, batch: tuple[Any, ...], share: float, scaler: Any) -> Tensor:
         """The model's loss, detached, after a backward pass of a share of it through all blocks that are not frozen."""
         args, kwargs = self._arguments(batch)
-        with self.task.running(self.model), in_parts(self.model, self.profile.parted), self._forward_autocast(batch):
+        with (
+            self.task.running(self.model),
+            in_parts(self.model, self.profile.parted, self.profile.batch),
+            self._forward_autocast(batch),
+        ):
             with (
                 self.rule.running(self.model, self.profile),
                 checkpointed(self.model, self._joint_recomputed),
@@ -585,7 +589,7 @@ class LocalLearner:
         recomputed = self._segments if self.end_to_end else self._recomputed
         with (
             self.task.running(self.model) if last else contextlib.nullcontext(),
-            in_parts(self.model, self.profile.parted if last else ()),
+            in_parts(self.model, self.profile.parted if last else (), self.profile.batch),
             isolation if last else contextlib.nullcontext(),
             forward,
         ):
