@@ -238,6 +238,33 @@ def test_the_default_costs_no_memory_with_any_number_of_blocks() -> None:
         assert with_joint.flops <= 1.01 * without.flops, blocks
 
 
+def test_blocks_that_are_recomputed_bound_joint_images_too() -> None:
+    sample = torch.rand(128, 3, 8, 8), torch.randint(0, 10, (128,))
+
+    def peak(**options: Any) -> Any:
+        resnet = create("cifar_resnet32", num_classes=10)
+        return measure_step(LocalLearner(resnet, sample=sample, blocks=4, **options), *sample)
+
+    plain, recomputed = peak(), peak(recompute=True)
+    local = peak(recompute=True, rule_options={"joint": 0.0})
+    assert recomputed.activation_peak_bytes <= 1.05 * local.activation_peak_bytes
+    assert recomputed.activation_peak_bytes < plain.activation_peak_bytes
+
+
+def test_no_more_is_recomputed_than_it_takes() -> None:
+    sample = torch.rand(128, 3, 8, 8), torch.randint(0, 10, (128,))
+
+    def cost(share: float) -> Any:
+        resnet = create("cifar_resnet32", num_classes=10)
+        options = {"joint": share, "joint_weight": 1.0}
+        return measure_step(LocalLearner(resnet, sample=sample, blocks=4, rule_options=options), *sample)
+
+    costs = [cost(share) for share in (0.25, 0.4, 0.6, 0.8)]
+    flops = [each.flops for each in costs]
+    assert flops == sorted(flops)
+    assert all(each.activation_peak_bytes <= 1.25 * costs[0].activation_peak_bytes for each in costs)
+
+
 def test_the_plan_knows_of_it() -> None:
     sample = torch.rand(32, 3, 32, 32), torch.randint(0, 10, (32,))
     forecast = glcan.plan(

@@ -128,7 +128,9 @@ def _hand_on(value: Tensor) -> Tensor:
     return value
 
 
-def _recomputed(forwards: list[Callable[..., Any]], modules: list[nn.Module], part: int | None = None) -> Callable[..., Any]:
+def _recomputed(
+    forwards: list[Callable[..., Any]], modules: list[nn.Module], part: int | None = None
+) -> Callable[..., Any]:
     norms = [m for module in modules for m in module.modules() if isinstance(m, _NormBase) and m.track_running_stats]
 
     writes = getattr(_first_leaf(modules[0]), "inplace", False)

@@ -7,6 +7,7 @@ the gradients of the weights behind have come. The planner checks the outcome wi
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
 import itertools
@@ -21,7 +22,7 @@ from glcan.dryrun import dry_run, uninitialized
 from glcan.errors import GlcanError
 from glcan.isolation import Boundary, Isolation, tensors_in
 from glcan.memory import LiveMemory
-from glcan.plan import BlockCost, cut_places
+from glcan.plan import BlockCost, Plan, chains, choose_cuts, cut_places, numbers_of_blocks
 from glcan.profile import Profile, Unit
 from glcan.rules.base import Rule, Site
 from glcan.tasks.base import Task
@@ -245,6 +246,27 @@ class Estimate:
                 kept += now
             k = end
         return kept, inside
+
+    def recomputed_at_once(self, plan: Plan, share: float) -> list[list[str]]:
+        """Chains of units to recompute where a share of each batch trains all blocks at once (`glcan.rules.Joint`).
+
+        They are as few as keep these images within the memory of the plan's largest block, or of the largest of even
+        blocks where units of a long last one are recomputed. They begin with the model's first units.
+        """
+        places, last = self._places, len(self._saved)
+        even = plan.recomputed_units and plan.blocks in numbers_of_blocks(self.profile)
+        cuts = choose_cuts(self.profile, plan.blocks, self.block_bytes) if even else plan.cuts
+        begins = [0, *(bisect.bisect(places, self.profile.unit(cut).index) - 1 for cut in cuts)]
+        room = max(
+            (self.recomputed_bytes if name in plan.recompute else self.block_bytes)(i, j)
+            for name, (i, j) in zip(plan.names, itertools.pairwise([*begins, last]), strict=True)
+            if i < j
+        )
+        runs = [self.profile.units[a:b] for a, b in itertools.pairwise(places)]
+        parted = (k for k, run in enumerate(runs) if any(unit.name in self.profile.parted for unit in run))
+        most = next(parted, last)
+        stop = bisect.bisect_left(range(most), x=True, key=lambda k: self.end(0, k, room / share)[0] <= room / share)
+        return [chain for a, b in self.end(0, stop, room / share)[1] for chain in chains(runs[a:b])]
 
     def extra_flops(self, i: int, j: int) -> int:
         """FLOPs of the block from place i to place j beyond its share of end-to-end training; may be negative."""

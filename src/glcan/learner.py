@@ -19,7 +19,7 @@ from glcan.dryrun import dry_run
 from glcan.errors import CheckpointError, ConfigError, CutError, GradientLeak
 from glcan.estimate import Estimate, Piece, auxiliary_costs, measure_pieces
 from glcan.isolation import Boundary, Crossings, Isolation, leaked_parameters, overridden, tensors_in
-from glcan.plan import Plan, cut_places, longest_end, make_plan, numbers_of_blocks, recomputed_at_once
+from glcan.plan import Plan, cut_places, longest_end, make_plan
 from glcan.profile import Feature, Profile, read_feature
 from glcan.profile import profile as take_profile
 from glcan.rules import Site
@@ -280,10 +280,9 @@ class LocalLearner:
     def _find_joint_recomputed(self, batch: tuple[Any, ...]) -> list[list[str]]:
         """The chains of units that are recomputed for joint images, so that these do not set the peak."""
         share = self._joint.images(self.profile.batch) / self.profile.batch
-        if not share or self.plan.blocks not in numbers_of_blocks(self.profile):
+        if not share or self.plan.blocks == 1:
             return []
-        estimate = Estimate(self.profile, self._measured_pieces(batch))
-        return recomputed_at_once(self.profile, self.plan.blocks, estimate.block_bytes, estimate.end, share)
+        return Estimate(self.profile, self._measured_pieces(batch)).recomputed_at_once(self.plan, share)
 
     def _check_trained(self) -> None:
         for k, cut in enumerate(self.plan.cuts):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
 import functools
 import itertools
@@ -18,13 +17,13 @@ __all__ = [
     "BlockCost",
     "EndCost",
     "Plan",
+    "chains",
     "cheapest_cuts",
     "choose_cuts",
     "cut_places",
     "longest_end",
     "make_plan",
     "numbers_of_blocks",
-    "recomputed_at_once",
 ]
 
 BlockCost = Callable[[int, int], int]
@@ -251,43 +250,21 @@ def longest_end(
         while stop > last and end(last, stop - 1, room)[0] <= room:
             stop -= 1
         names = tuple(profile.units[places[i]].name for i in begins[1:])
-        return names, tuple(name for a, b in end(last, stop, room)[1] for name in _segments(runs[a:b]))
+        return names, tuple(_TOGETHER.join(chain) for a, b in end(last, stop, room)[1] for chain in chains(runs[a:b]))
     return cuts, ()
 
 
-def recomputed_at_once(profile: Profile, blocks: int, cost: BlockCost, end: EndCost, share: float) -> list[list[str]]:
-    """Chains of units to recompute where a share of each batch trains all blocks at once, see `glcan.rules.Joint`.
-
-    They are as few as keep these images within the memory of the largest block where `choose_cuts` cuts, beginning with
-    the model's first units, or all, where that is not enough.
-
-    Args:
-        profile, blocks, cost, end: as `longest_end` takes them.
-        share: of a batch's images that run at once.
-
-    Raises:
-        CutError: the model cannot be cut into so many blocks.
-    """
-    places = cut_places(profile)
-    begins = [0, *(places.index(profile.unit(cut).index) for cut in choose_cuts(profile, blocks, cost))]
-    room = max(cost(i, j) for i, j in itertools.pairwise([*begins, len(places) - 1])) / share
-    runs = [profile.units[a:b] for a, b in itertools.pairwise(places)]
-    most = next((k for k, run in enumerate(runs) if any(u.name in profile.parted for u in run)), len(runs))
-    stop = bisect.bisect_left(range(most), x=True, key=lambda stop: end(0, stop, room)[0] <= room)
-    return [name.split(_TOGETHER) for a, b in end(0, stop, room)[1] for name in _segments(runs[a:b])]
-
-
-def _segments(runs: Sequence[Sequence[Unit]]) -> Iterator[str]:
-    """Names of what is recomputed together, as `Plan.recompute` has them."""
+def chains(runs: Sequence[Sequence[Unit]]) -> Iterator[list[str]]:
+    """Of units that follow each other, names of those that can be recomputed together: a segment, or parts of it."""
     names: list[str] = []
     for unit in itertools.chain.from_iterable(runs):
         if names and not unit.chained:
-            yield _TOGETHER.join(names)
+            yield names
             names = []
         if names or unit.weights:
             names.append(unit.name)
     if names:
-        yield _TOGETHER.join(names)
+        yield names
 
 
 def cut_places(profile: Profile) -> list[int]:
