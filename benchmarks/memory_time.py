@@ -1,11 +1,11 @@
-"""Peak memory against step time: end-to-end training, activation checkpointing and GLCAN, on real steps.
+"""Peak memory against step time: end-to-end training, checkpointing, accumulation and GLCAN, on steps of all tasks.
 
 All methods of a model take turns (A B C, A B C, ...), so that a busy or warming machine meets them alike. Reported are
 the median of the step times after warm-up, the median of the ratios to end-to-end within each round, the peak of live
 tensors of a metered step, and on CUDA the allocator's peak. Needs torch, torchvision and timm alone.
 
     python benchmarks/memory_time.py                          # small sizes on a CPU, real sizes on a GPU
-    python benchmarks/memory_time.py --models resnet50 --methods e2e checkpoint glcan:4
+    python benchmarks/memory_time.py --models resnet50 --methods e2e checkpoint glcan:4     # the others' results stay
     python benchmarks/memory_time.py --plot benchmarks/results/memory_time_cpu.json     # draw it again
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import functools
 import gc
 import json
@@ -25,23 +26,49 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from glcan import LocalLearner, measure_step
 from glcan.errors import GlcanError
 from glcan.models import create
+from glcan.tasks import create as create_task
 
 RESULTS = Path(__file__).parent / "results"
 METHODS = ("e2e", "checkpoint", "checkpoint-sqrt", "glcan:2", "glcan:4", "glcan:8", "glcan:4+recompute")
-# model -> (name, classes, CPU: batch and image side, GPU: the same)
-MODELS: dict[str, tuple[str, int, tuple[int, int], tuple[int, int]]] = {
-    "resnet110": ("cifar_resnet110", 10, (32, 32), (1024, 32)),
-    "resnet50": ("torchvision/resnet50", 1000, (8, 160), (64, 224)),
-    "resnet101": ("torchvision/resnet101", 1000, (8, 160), (64, 224)),
-    "resnet152": ("torchvision/resnet152", 1000, (4, 160), (64, 224)),
-    "vit_b_16": ("torchvision/vit_b_16", 1000, (4, 224), (64, 224)),
+OTHERS = ("e2e", "checkpoint", "checkpoint-sqrt", "e2e+accumulate:2", "glcan:4")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A model, and the batch of its steps: images, and their height and width.
+
+    Attributes:
+        name, task, options: of the model, as `glcan.models.create` takes them.
+        small, real: batch, height and width, on a CPU and on a GPU.
+        methods: what takes turns.
+    """
+
+    name: str
+    small: tuple[int, int, int]
+    real: tuple[int, int, int]
+    options: dict[str, Any] = dataclasses.field(default_factory=lambda: {"num_classes": 1000})
+    task: str = "classification"
+    methods: tuple[str, ...] = METHODS
+
+
+MODELS = {
+    "resnet110": Case("cifar_resnet110", (32, 32, 32), (1024, 32, 32), {"num_classes": 10}),
+    "resnet50": Case("torchvision/resnet50", (8, 160, 160), (64, 224, 224)),
+    "resnet101": Case("torchvision/resnet101", (8, 160, 160), (64, 224, 224)),
+    "resnet152": Case("torchvision/resnet152", (4, 160, 160), (64, 224, 224)),
+    "vit_b_16": Case("torchvision/vit_b_16", (4, 224, 224), (64, 224, 224)),
+    "edsr_baseline": Case("edsr_baseline", (8, 48, 48), (16, 48, 48), {"scale": 2}, "super-resolution", OTHERS),
+    "retinanet": Case(
+        "torchvision/retinanet_resnet50_fpn", (2, 256, 352), (8, 800, 1088), {"num_classes": 91}, "detection", OTHERS
+    ),
 }
-CPU_MODELS = ("resnet50", "resnet101", "vit_b_16", "resnet110")
-MARKERS = {"e2e": "o", "checkpoint": "s", "checkpoint-sqrt": "D"}
+CPU_MODELS = ("resnet50", "resnet101", "vit_b_16", "resnet110", "edsr_baseline", "retinanet")
+MARKERS = {"e2e": "o", "checkpoint": "s", "checkpoint-sqrt": "D", "e2e+accumulate:2": "v"}
 WARM_UP = 2
 
 
@@ -50,7 +77,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--models", nargs="+", choices=MODELS, help="default: on a CPU the small ones, else all")
-    parser.add_argument("--methods", nargs="+", default=METHODS, help="baselines, RULE:BLOCKS, RULE:BLOCKS+recompute")
+    parser.add_argument("--methods", nargs="+", help="baselines, RULE:BLOCKS, either with +recompute or +accumulate:N")
     parser.add_argument("--precisions", nargs="+", choices=("fp32", "bf16"), help="default: fp32; on CUDA both")
     parser.add_argument("--rounds", type=int, default=15, help="steps of each method (default: 15)")
     parser.add_argument("--seconds", type=float, default=240, help="at most, for a model (default: 240)")
@@ -76,13 +103,17 @@ def main() -> None:
         },
         "models": [],
     }
+    if out.exists():
+        result["models"] = json.loads(out.read_text())["models"]
     for name in options.models or (MODELS if cuda else CPU_MODELS):
         for precision in options.precisions or (("fp32", "bf16") if cuda else ("fp32",)):
             try:
-                result["models"].append(measure(name, precision, options))
+                found = measure(name, precision, options)
             except GlcanError as error:
                 print(error, file=sys.stderr)
                 sys.exit(2)
+            others = [m for m in result["models"] if (m["model"], m["precision"]) != (found["model"], precision)]
+            result["models"] = [*others, found]
             out.parent.mkdir(parents=True, exist_ok=True)
             out.write_text(json.dumps(result, indent=2) + "\n")
     draw(result, out.with_suffix(".png"))
@@ -91,25 +122,27 @@ def main() -> None:
 
 def measure(name: str, precision: str, options: argparse.Namespace) -> dict[str, Any]:
     """All methods on one model."""
-    full, classes, small, real = MODELS[name]
+    case = MODELS[name]
     cuda = options.device.startswith("cuda")
-    batch, side = real if cuda else small
+    batch, *size = case.real if cuda else case.small
     batch = options.batch or batch
     torch.manual_seed(0)
-    original = create(full, num_classes=classes).to(options.device)
-    convolutional = not name.startswith("vit")
-    if convolutional:
-        original = original.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    images = torch.randn(batch, 3, side, side, device=options.device)
-    if convolutional:
-        images = images.contiguous(memory_format=torch.channels_last)
-    sample = images, torch.randint(classes, (batch,), device=options.device)
-    print(f"{full}, batch {batch} at {side} px, {precision}", flush=True)
+    task = create_task(case.task)
+    sizes = {"min_size": min(size), "max_size": max(size)} if case.task == "detection" else {}
+    layout = torch.contiguous_format if name.startswith("vit") else torch.channels_last
+    original = create(case.name, **case.options, **sizes).to(options.device, memory_format=layout)  # type: ignore[call-overload]
+
+    def ready(tensor: torch.Tensor) -> torch.Tensor:
+        values = torch.rand_like(tensor) if tensor.dim() > 2 else tensor  # images; else labels or boxes
+        return values.to(options.device, memory_format=layout if tensor.dim() == 4 else torch.preserve_format)
+
+    sample = tree_map_only(torch.Tensor, ready, task.example(batch, 3, (size[0], size[1])))
+    print(f"{case.name}, batch {batch} at {size[0]}x{size[1]} px, {precision}", flush=True)
 
     steps: dict[str, Callable[[], Any]] = {}
     rows: dict[str, dict[str, Any]] = {}
-    for method in options.methods:
-        learner = build(copy.deepcopy(original), sample, method, precision)
+    for method in options.methods or case.methods:
+        learner = build(copy.deepcopy(original), case.task, sample, method, precision)
         cost = measure_step(learner, *sample)
         rows[method] = {
             "method": method,
@@ -160,9 +193,9 @@ def measure(name: str, precision: str, options: argparse.Namespace) -> dict[str,
             flush=True,
         )
     return {
-        "model": full,
+        "model": case.name,
         "batch": batch,
-        "image": [side, side],
+        "image": size,
         "precision": precision,
         "methods": list(rows.values()),
     }
@@ -176,16 +209,18 @@ def kept(learner: LocalLearner) -> list[torch.Tensor]:
     return tensors
 
 
-def build(model: nn.Module, sample: tuple[torch.Tensor, ...], method: str, precision: str) -> LocalLearner:
-    """The learner of a method, such as "checkpoint", "glcan:4" or "glcan:4+recompute"."""
-    name, _, again = method.partition("+")
+def build(model: nn.Module, task: str, sample: tuple[Any, ...], method: str, precision: str) -> LocalLearner:
+    """The learner of a method, such as "checkpoint", "glcan:4", "glcan:4+recompute" or "e2e+accumulate:2"."""
+    name, _, also = method.partition("+")
     rule, _, blocks = name.partition(":")
     return LocalLearner(
         model,
+        task,
         sample=sample,
         rule=rule,
         blocks=int(blocks) if blocks else None,
-        recompute=again == "recompute",
+        recompute=also == "recompute",
+        accumulate=int(also.removeprefix("accumulate:")) if also.startswith("accumulate:") else 1,
         autocast=torch.bfloat16 if precision == "bf16" else None,
         optimizer=functools.partial(torch.optim.SGD, lr=1e-3, momentum=0.9),
     )
@@ -215,7 +250,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         for i, row in enumerate(found["methods"]):
             versus = row["vs_e2e"]
             x, y = versus.get("cuda_peak_ratio", versus["peak_ratio"]), versus["time_ratio"]
-            local = ":" in row["method"]
+            local = row["blocks"] > 1
             axes.plot(
                 x,
                 y,
