@@ -123,6 +123,14 @@ _FASHION = {
 }
 _ALONE = {"joint": 0.0}  # what the auxiliary networks do alone, without joint images
 _UNLIMITED = {"unit_share": 0.0, "unit_cost": 0.0, "memory": 100.0}  # so that the budget alone sets the width
+_PARTS_OF_GLCAN: dict[str, dict[str, Any]] = {
+    "both branches": {"use_local": True},
+    "local only": {"use_global": False},
+    "backbone units": {"unit": "backbone"},
+    "backbone units, momentum": {"unit": "backbone", "momentum": 0.99},
+    **{f"depth {depth}": {"depth": depth} for depth in (1, 2, 8)},
+    **{f"budget {share:.0%}": {"budget": share} | _UNLIMITED for share in (0.02, 0.05, 0.1, 0.2, 0.5)},
+}
 _RULES = _named("e2e", "predsim", "dgl", "infopro", "auglocal", "man", "manpp", "glcan")
 
 BENCHES = {
@@ -167,14 +175,7 @@ BENCHES = {
             Entry("without joint images", "glcan", _ALONE),
             *(
                 Entry(f"{name}, without joint images", "glcan", options | _ALONE)
-                for name, options in (
-                    ("both branches", {"use_local": True}),
-                    ("local only", {"use_global": False}),
-                    ("backbone units", {"unit": "backbone"}),
-                    ("backbone units, momentum", {"unit": "backbone", "momentum": 0.99}),
-                    *((f"depth {depth}", {"depth": depth}) for depth in (1, 2, 8)),
-                    *((f"budget {share:.0%}", {"budget": share} | _UNLIMITED) for share in (0.02, 0.05, 0.1, 0.2, 0.5)),
-                )
+                for name, options in _PARTS_OF_GLCAN.items()
             ),
             *(
                 Entry(f"joint images {share:.0%}", "glcan", {"joint": share, "joint_weight": share})
