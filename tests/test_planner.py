@@ -161,7 +161,8 @@ def test_a_budget_is_kept_as_cheaply_as_it_goes() -> None:
 def test_recomputation_is_used_where_it_is_cheaper_than_cuts() -> None:
     # full-width auxiliary networks cost more than computing a block twice
     network, sample = MODELS["resnet"](), batch(64)
-    options: dict[str, Any] = {"rule_options": {"unit": "backbone"}, "optimizer": OPTIMIZER, "baselines": ()}
+    alone = {"unit": "backbone", "joint": 0.0}
+    options: dict[str, Any] = {"rule_options": alone, "optimizer": OPTIMIZER, "baselines": ()}
     whole = glcan.plan(network, sample=sample, blocks=1, recompute=True, **options)
     assert whole.plan.recompute == ("block1",)
     found = glcan.plan(network, sample=sample, memory=int(1.02 * whole.cost.peak_bytes), **options)

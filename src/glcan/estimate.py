@@ -251,17 +251,20 @@ class Estimate:
         """Chains of units to recompute where a share of each batch trains all blocks at once (`glcan.rules.Joint`).
 
         They are as few as keep these images within the memory of the plan's largest block, or of the largest of even
-        blocks where units of a long last one are recomputed. They begin with the model's first units.
+        blocks, whichever is less. They begin with the model's first units.
         """
         places, last = self._places, len(self._saved)
-        even = plan.recomputed_units and plan.blocks in numbers_of_blocks(self.profile)
-        cuts = choose_cuts(self.profile, plan.blocks, self.block_bytes) if even else plan.cuts
-        begins = [0, *(bisect.bisect(places, self.profile.unit(cut).index) - 1 for cut in cuts)]
+        begins = [0, *(bisect.bisect(places, self.profile.unit(cut).index) - 1 for cut in plan.cuts)]
+        blocks = zip(plan.names, itertools.pairwise([*begins, last]), strict=True)
         room = max(
-            (self.recomputed_bytes if name in plan.recompute else self.block_bytes)(i, j)
-            for name, (i, j) in zip(plan.names, itertools.pairwise([*begins, last]), strict=True)
+            self.recomputed_bytes(i, j) if name in plan.recompute else self.block_bytes(i, j)
+            for name, (i, j) in blocks
             if i < j
         )
+        if plan.blocks in numbers_of_blocks(self.profile):
+            cuts = choose_cuts(self.profile, plan.blocks, self.block_bytes)
+            even = [0, *(places.index(self.profile.unit(cut).index) for cut in cuts), last]
+            room = min(room, max(self.block_bytes(i, j) for i, j in itertools.pairwise(even)))
         runs = [self.profile.units[a:b] for a, b in itertools.pairwise(places)]
         parted = (k for k, run in enumerate(runs) if any(unit.name in self.profile.parted for unit in run))
         most = next(parted, last)
