@@ -179,7 +179,7 @@ BENCHES = {
             ),
             *(
                 Entry(f"joint images {share:.0%}", "glcan", {"joint": share, "joint_weight": share})
-                for share in (0.25, 0.5, 0.6, 0.75)
+                for share in (0.5, 0.6, 0.75)
             ),
         ),
         (4, 16),

@@ -22,7 +22,7 @@ from glcan.dryrun import dry_run, uninitialized
 from glcan.errors import GlcanError
 from glcan.isolation import Boundary, Isolation, tensors_in
 from glcan.memory import LiveMemory
-from glcan.plan import BlockCost, Plan, chains, choose_cuts, cut_places, numbers_of_blocks
+from glcan.plan import BlockCost, Plan, block_ends, chains, choose_cuts, cut_places, numbers_of_blocks
 from glcan.profile import Profile, Unit
 from glcan.rules.base import Rule, Site
 from glcan.tasks.base import Task
@@ -253,21 +253,17 @@ class Estimate:
         They are as few as keep these images within the memory of the plan's largest block, or of the largest of even
         blocks, whichever is less. They begin with the model's first units.
         """
-        places, last = self._places, len(self._saved)
-        begins = [0, *(bisect.bisect(places, self.profile.unit(cut).index) - 1 for cut in plan.cuts)]
-        blocks = zip(plan.names, itertools.pairwise([*begins, last]), strict=True)
         room = max(
             self.recomputed_bytes(i, j) if name in plan.recompute else self.block_bytes(i, j)
-            for name, (i, j) in blocks
+            for name, (i, j) in zip(plan.names, itertools.pairwise(block_ends(self.profile, plan.cuts)), strict=True)
             if i < j
         )
         if plan.blocks in numbers_of_blocks(self.profile):
-            cuts = choose_cuts(self.profile, plan.blocks, self.block_bytes)
-            even = [0, *(places.index(self.profile.unit(cut).index) for cut in cuts), last]
+            even = block_ends(self.profile, choose_cuts(self.profile, plan.blocks, self.block_bytes))
             room = min(room, max(self.block_bytes(i, j) for i, j in itertools.pairwise(even)))
-        runs = [self.profile.units[a:b] for a, b in itertools.pairwise(places)]
+        runs = [self.profile.units[a:b] for a, b in itertools.pairwise(self._places)]
         parted = (k for k, run in enumerate(runs) if any(unit.name in self.profile.parted for unit in run))
-        most = next(parted, last)
+        most = next(parted, len(runs))
         stop = bisect.bisect_left(range(most), x=True, key=lambda k: self.end(0, k, room / share)[0] <= room / share)
         return [chain for a, b in self.end(0, stop, room / share)[1] for chain in chains(runs[a:b])]
 

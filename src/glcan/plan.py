@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
 import itertools
@@ -17,6 +18,7 @@ __all__ = [
     "BlockCost",
     "EndCost",
     "Plan",
+    "block_ends",
     "chains",
     "cheapest_cuts",
     "choose_cuts",
@@ -230,13 +232,13 @@ def longest_end(
     places = cut_places(profile)
     count, allowed = len(places) - 1, _trainable(profile)
     cuts = choose_cuts(profile, blocks, cost)
-    begins = [0, *(places.index(profile.unit(cut).index) for cut in cuts)]
-    bound = _SLACK * max(cost(i, j) for i, j in itertools.pairwise([*begins, count]))
+    even = block_ends(profile, cuts)
+    bound = _SLACK * max(cost(i, j) for i, j in itertools.pairwise(even))
     room = bound / share if share else math.inf
     runs = [profile.units[a:b] for a, b in itertools.pairwise(places)]
     flops = [sum(unit.flops for unit in run) for run in runs]
     parted = [any(unit.name in profile.parted for unit in run) for run in runs]
-    for last in range(blocks - 1, begins[-1]):
+    for last in range(blocks - 1, even[-2]):
         try:
             _, found = _cheapest(last, blocks - 1, cost, lambda joined, block: joined + block**2, allowed, bound)
         except KeyError:
@@ -279,6 +281,12 @@ def cut_places(profile: Profile) -> list[int]:
     last = max(maps, default=len(profile.units))
     inner = [index for name in profile.cuttable if (index := profile.unit(name).index) <= last]
     return [0, *inner, len(profile.units)]
+
+
+def block_ends(profile: Profile, cuts: Sequence[str]) -> list[int]:
+    """The places (see `cut_places`) at which blocks begin and end; of a cut elsewhere, the last one before it."""
+    places = cut_places(profile)
+    return [0, *(bisect.bisect(places, profile.unit(cut).index) - 1 for cut in cuts), len(places) - 1]
 
 
 def numbers_of_blocks(profile: Profile) -> list[int]:

@@ -30,7 +30,7 @@ from glcan.estimate import AuxiliaryCost, Estimate, Piece, auxiliary_costs, meas
 from glcan.isolation import tensors_in
 from glcan.learner import LocalLearner, OptimizerFactory, first_part
 from glcan.memory import KINDS, StepCost, measure_step
-from glcan.plan import Plan, cheapest_cuts, choose_cuts, cut_places, numbers_of_blocks
+from glcan.plan import Plan, block_ends, cheapest_cuts, choose_cuts, cut_places, numbers_of_blocks
 from glcan.profile import Profile, profile
 from glcan.sizes import format_bytes, format_scaled, parse_bytes
 
@@ -507,7 +507,7 @@ class _Bench:
             total, cuts = best
             recompute = tuple(
                 f"block{k}"
-                for k, (i, j) in enumerate(itertools.pairwise(self._ends(cuts)), 1)
+                for k, (i, j) in enumerate(itertools.pairwise(block_ends(self.profile, cuts)), 1)
                 if estimate.block_bytes(i, j) > within
             )
             found.append((total / (3 * forward), blocks, cuts, recompute))
@@ -523,15 +523,10 @@ class _Bench:
             for again in (False, True):
                 cost = estimate.recomputed_bytes if again else estimate.block_bytes
                 cuts = choose_cuts(self.profile, blocks, cost)
-                largest = max(cost(i, j) for i, j in itertools.pairwise(self._ends(cuts)))
+                largest = max(cost(i, j) for i, j in itertools.pairwise(block_ends(self.profile, cuts)))
                 options.append((largest + self._auxiliary_bytes(estimate, blocks), cuts, again))
         found = [self.run(**_cut_at(cuts), recompute=again) for _, cuts, again in sorted(options)[:3]]
         return min(found, key=lambda forecast: forecast.cost.peak_bytes)
-
-    def _ends(self, cuts: Sequence[str]) -> list[int]:
-        """The places at which blocks begin and end, see `cut_places`."""
-        places = cut_places(self.profile)
-        return [0, *(places.index(self.profile.unit(cut).index) for cut in cuts), len(places) - 1]
 
     def _auxiliary_bytes(self, estimate: Estimate, blocks: int) -> float:
         """What all auxiliary networks hold, about: weights, gradients and, with an optimizer, a moment."""

@@ -298,12 +298,11 @@ class GLCAN(Rule):
     def joint(self, task: Task, blocks: int) -> Joint:
         if blocks == 1 or self.config.joint == 0:
             return Joint()
-        found = _JOINT.get(task.name)
-        if found is None:
-            share = self.config.joint or 1 / blocks
-            found = Joint(share, share, _LEAST_JOINT)
-        if self.config.joint is not None:
-            found = Joint(self.config.joint, found.weight)
+        own = _JOINT.get(task.name)
+        if self.config.joint is None:
+            found = own or Joint(1 / blocks, 1 / blocks, _LEAST_JOINT)
+        else:
+            found = Joint(self.config.joint, own.weight if own else self.config.joint)
         weight = self.config.joint_weight or found.weight
         given = [f.name for f in dataclasses.fields(self.config) if getattr(self.config, f.name) != f.default]
         if weight == 1 and (useless := [name for name in given if name not in ("joint", "joint_weight", "long_end")]):
