@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.zoo import ZOO, gradients
 from torch import Tensor, nn
 from torch.optim import Adam
 
@@ -174,3 +176,29 @@ def test_either_branch_alone(options: dict[str, bool]) -> None:
 def test_backbone_units_are_for_classification() -> None:
     with pytest.raises(ConfigError, match="is for classification"):
         learner(network(), batch(), unit="backbone")
+
+
+@pytest.mark.filterwarnings("ignore:torch.meshgrid")
+@pytest.mark.parametrize("name", ["EDSR", "RCAN", "SwinIR", "HAT"])
+def test_half_of_the_batch_trains_all_blocks_and_all_of_it_the_last_one(name: str) -> None:
+    torch.manual_seed(0)
+    model = (network() if name == "EDSR" else ZOO[f"spandrel/{name}"][0]()).double().train()
+    for module in model.modules():
+        if hasattr(module, "drop_prob"):
+            module.drop_prob = 0.0
+    low, high = torch.rand(4, 3, 32, 32).double(), torch.rand(4, 3, 64, 64).double()
+
+    def end_to_end(images: int) -> dict[str, Tensor]:
+        twin = copy.deepcopy(model)
+        (twin(low[:images].clone()) - high[:images]).abs().mean().backward()  # RCAN writes into its input
+        return gradients(twin)
+
+    half, whole = end_to_end(2), end_to_end(4)
+    learner = LocalLearner(model, "super-resolution", (low, high), blocks=4)
+    learner.backward(low, high)
+    last = tuple(f"{unit.name}." for unit in learner.plan.units[-1])
+    found = gradients(model)
+    assert found.keys() == whole.keys()
+    for parameter, gradient in found.items():
+        wanted = (whole if parameter.startswith(last) else half)[parameter]
+        torch.testing.assert_close(gradient, wanted, rtol=1e-9, atol=1e-12 * float(wanted.abs().max()) + 1e-15)
