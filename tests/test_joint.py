@@ -210,19 +210,41 @@ def test_joint_images_are_recomputed_where_they_would_set_the_peak() -> None:
 
 @pytest.mark.parametrize(("blocks", "share"), [(2, 1 / 2), (4, 1 / 4), (8, 1 / 8), (16, 1 / 16)])
 def test_classification_has_as_many_as_cost_no_memory(blocks: int, share: float) -> None:
-    joint = create_rule("glcan", {}).joint(Classification(), blocks)
+    joint = create_rule("glcan", {}).joint(Classification(), blocks, 256)
     assert (joint.share, joint.weight) == (share, share)
     assert joint.images(256) == int(share * 256)
     assert joint.images(30) == 0  # too few for BatchNorm
 
 
+def test_where_that_is_too_few_images_most_of_them_are_joint() -> None:
+    rule, task = create_rule("glcan", {}), Classification()
+    assert rule.joint(task, 16, 128) == rule.joint(task, 8, 64) == Joint(0.75, 1.0)
+    assert rule.joint(task, 4, 32).images(32) == 0  # eight others are too few as well
+
+
+@pytest.mark.parametrize("kind", ["resnet18", "resnet50"])
+def test_detection_takes_no_more_memory_or_flops_for_it(kind: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = [torch.rand(3, 128, 128, generator=generator) for _ in range(4)]
+    targets = [{"boxes": torch.tensor([[8.0, 8.0, 60.0, 90.0]]), "labels": torch.tensor([1])} for _ in images]
+
+    def cost(**options: Any) -> Any:
+        model = create(f"retinanet_{kind}_fpn", num_classes=3, min_size=128)
+        return measure_step(LocalLearner(model, "detection", (images, targets), **options), images, targets)
+
+    whole, default = cost(rule="e2e"), cost(blocks=4)
+    local = cost(blocks=4, rule_options={"joint": 0.0})
+    assert default.activation_peak_bytes <= min(0.6 * whole.activation_peak_bytes, 1.1 * local.activation_peak_bytes)
+    assert default.flops <= min(1.1 * whole.flops, local.flops)
+
+
 def test_options_change_the_default_share() -> None:
     task = Classification()
-    assert create_rule("glcan", {}).joint(task, 1) == Joint()
-    assert create_rule("glcan", {"joint": 0.0}).joint(task, 16) == Joint()
-    assert create_rule("glcan", {"joint": 0.3}).joint(task, 16) == Joint(0.3, 0.3)
-    assert create_rule("glcan", {"joint_weight": 0.5}).joint(task, 4) == Joint(0.25, 0.5, least=16)
-    assert create_rule("glcan", {"joint": 0.5}).joint(SuperResolution(), 4) == Joint(0.5, 1.0)
+    assert create_rule("glcan", {}).joint(task, 1, 64) == Joint()
+    assert create_rule("glcan", {"joint": 0.0}).joint(task, 16, 64) == Joint()
+    assert create_rule("glcan", {"joint": 0.3}).joint(task, 16, 64) == Joint(0.3, 0.3)
+    assert create_rule("glcan", {"joint_weight": 0.5}).joint(task, 4, 64) == Joint(0.25, 0.5, least=16)
+    assert create_rule("glcan", {"joint": 0.5}).joint(SuperResolution(), 4, 64) == Joint(0.5, 1.0)
 
 
 def test_the_default_costs_no_memory_with_any_number_of_blocks() -> None:
@@ -280,9 +302,9 @@ def test_the_plan_knows_of_it() -> None:
 
 def test_options_of_networks_that_are_not_built_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"glcan\.budget is 0\.2, but there are no.* with joint_weight 1\. "):
-        create_rule("glcan", {"joint": 0.25, "joint_weight": 1.0, "budget": 0.2}).joint(Classification(), 4)
+        create_rule("glcan", {"joint": 0.25, "joint_weight": 1.0, "budget": 0.2}).joint(Classification(), 4, 64)
     with pytest.raises(ConfigError, match=r"use_local is False.*the default of super-resolution"):
-        create_rule("glcan", {"use_local": False}).joint(SuperResolution(), 4)
+        create_rule("glcan", {"use_local": False}).joint(SuperResolution(), 4, 64)
 
 
 def test_bad_values() -> None:
@@ -293,4 +315,4 @@ def test_bad_values() -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             create_rule("glcan", options)
-    assert create_rule("glcan", {"joint": 0.25, "joint_weight": 1.0}).joint(Classification(), 4) == Joint(0.25, 1.0)
+    assert create_rule("glcan", {"joint": 0.25, "joint_weight": 1.0}).joint(Classification(), 4, 64) == Joint(0.25, 1.0)

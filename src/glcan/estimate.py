@@ -22,10 +22,17 @@ from glcan.dryrun import dry_run, uninitialized
 from glcan.errors import GlcanError
 from glcan.isolation import Boundary, Isolation, tensors_in
 from glcan.memory import LiveMemory
-from glcan.plan import BlockCost, Plan, block_ends, chains, choose_cuts, cut_places, numbers_of_blocks
+from glcan.plan import SLACK, BlockCost, Plan, block_ends, chains, choose_cuts, cut_places, numbers_of_blocks
 from glcan.profile import Profile, Unit
 from glcan.rules.base import Rule, Site
 from glcan.tasks.base import Task
+
+#: FLOPs of a step, in those of end-to-end training, up to which recomputation is taken for less memory than asked for.
+_COMPUTE = 1.05
+#: What is asked for then, in turn, as shares of the memory.
+_PARTS_OF_ROOM = tuple(0.95 - 0.05 * k for k in range(17))
+#: Places that are tried one by one where more recomputation does not mean less memory.
+_TRIED = 32
 
 __all__ = ["AuxiliaryCost", "Estimate", "Piece", "auxiliary_costs", "measure_pieces"]
 
@@ -128,7 +135,7 @@ def auxiliary_costs(
     Networks of the same structure are metered once; ``known`` remembers them from one number of blocks to the next.
     """
     known = {} if known is None else known
-    if rule.joint(task, blocks).weight == 1:
+    if rule.joint(task, blocks, profile.batch).weight == 1:
         return {}
 
     def run(model: nn.Module, batch: tuple[Any, ...]) -> dict[str, AuxiliaryCost]:
@@ -165,6 +172,7 @@ class Estimate:
         profile: of the model.
         pieces: what `measure_pieces` gave; a piece that is missing there needs twice its output.
         auxiliary: what `auxiliary_costs` gave; empty for none.
+        gradients: whether those of the weights count, too.
     """
 
     def __init__(
@@ -172,6 +180,7 @@ class Estimate:
         profile: Profile,
         pieces: Mapping[str, Piece] | None = None,
         auxiliary: Mapping[str, AuxiliaryCost] | None = None,
+        gradients: bool = True,
     ) -> None:
         self.profile = profile
         self.auxiliary = auxiliary or {}
@@ -179,7 +188,7 @@ class Estimate:
         runs = [profile.units[a:b] for a, b in itertools.pairwise(self._places)]
         self._saved = [profile.saved_bytes(a, b) for a, b in itertools.pairwise(self._places)]
         self._output = [run[-1].output.bytes if run[-1].output else 0 for run in runs]
-        self._gradients = [4 * sum(u.parameters for u in run) for run in runs]
+        self._gradients = [4 * sum(u.parameters for u in run) if gradients else 0 for run in runs]
         self._flops = [sum(u.flops for u in run) for run in runs]
         self._entering = [sum(f.bytes for f in run[0].entering) if i else 0 for i, run in enumerate(runs)]
         known = [(pieces or {}).get(run[0].name) for run in runs]
@@ -247,25 +256,56 @@ class Estimate:
             k = end
         return kept, inside
 
-    def recomputed_at_once(self, plan: Plan, share: float) -> list[list[str]]:
+    def recomputed_at_once(self, plan: Plan, share: float, alone: bool = False) -> list[list[str]]:
         """Chains of units to recompute where a share of each batch trains all blocks at once (`glcan.rules.Joint`).
 
-        They are as few as keep these images within the memory of the plan's largest block, or of the largest of even
-        blocks, whichever is less. They begin with the model's first units.
+        They are as few as keep these images within the memory of the plan's largest block, or about that of the largest
+        of even blocks, whichever is less. Where the early blocks learn from them `alone` there are no auxiliary networks
+        to pay for, and more is recomputed instead, for less memory, as long as a step takes about the FLOPs of
+        end-to-end training (`_COMPUTE`). They begin with the model's first units.
         """
-        room = max(
-            self.recomputed_bytes(i, j) if name in plan.recompute else self.block_bytes(i, j)
-            for name, (i, j) in zip(plan.names, itertools.pairwise(block_ends(self.profile, plan.cuts)), strict=True)
+        ends = list(itertools.pairwise(block_ends(self.profile, plan.cuts)))
+        blocks = {
+            name: self.recomputed_bytes(i, j) if name in plan.recompute else self.block_bytes(i, j)
+            for name, (i, j) in zip(plan.names, ends, strict=True)
             if i < j
-        )
+        }
+        room = max(blocks.values())
         if plan.blocks in numbers_of_blocks(self.profile):
             even = block_ends(self.profile, choose_cuts(self.profile, plan.blocks, self.block_bytes))
-            room = min(room, max(self.block_bytes(i, j) for i, j in itertools.pairwise(even)))
+            room = min(room, SLACK * max(self.block_bytes(i, j) for i, j in itertools.pairwise(even)))
         runs = [self.profile.units[a:b] for a, b in itertools.pairwise(self._places)]
         parted = (k for k, run in enumerate(runs) if any(unit.name in self.profile.parted for unit in run))
         most = next(parted, len(runs))
-        stop = bisect.bisect_left(range(most), x=True, key=lambda k: self.end(0, k, room / share)[0] <= room / share)
-        return [chain for a, b in self.end(0, stop, room / share)[1] for chain in chains(runs[a:b])]
+        found = self._first_within(most, room / share)
+        if found is None:
+            bytes_of = functools.cache(lambda stop: self.end(0, stop, room / share)[0])
+            found = min(range(most + 1), key=bytes_of)
+        stop, bound = found, room / share
+        if alone:
+            last = ends[-1]
+            others = self.forward_flops(0, len(runs)) + 2 * self.forward_flops(*last)
+            spent = _COMPUTE * 3 * self.forward_flops(0, len(runs)) - (1 - share) * others
+            allowed = spent / share - 3 * self.forward_flops(0, len(runs))
+            floor = (1 - share) * self.block_bytes(*last)
+            for part in _PARTS_OF_ROOM:
+                smaller = max(floor, part * room) / share
+                found = self._first_within(most, smaller)
+                if found is None or self.forward_flops(0, found) > allowed:
+                    break
+                stop, bound = found, smaller
+                if smaller * share <= floor:
+                    break
+        return [chain for a, b in self.end(0, stop, bound)[1] for chain in chains(runs[a:b])]
+
+    def _first_within(self, most: int, bound: float) -> int | None:
+        """The first place up to which units have to be recomputed to keep the whole model within the bound, if any."""
+        # More recomputation is less memory up to where a segment itself is what needs most.
+        fits = functools.cache(lambda stop: self.end(0, stop, bound)[0] <= bound)
+        stop = bisect.bisect_left(range(most), x=True, key=fits)
+        if fits(stop):
+            return stop
+        return next((k for k in range(0, most, max(1, most // _TRIED)) if fits(k)), None)
 
     def extra_flops(self, i: int, j: int) -> int:
         """FLOPs of the block from place i to place j beyond its share of end-to-end training; may be negative."""

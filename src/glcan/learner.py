@@ -168,7 +168,7 @@ class LocalLearner:
         self.task.prepare(self.profile.output, batch)
         self._pieces: dict[str, Piece] | None = None
         self.plan = self._make_plan(batch, blocks, cuts, recompute)
-        self._joint = self.rule.joint(self.task, self.plan.blocks)
+        self._joint = self.rule.joint(self.task, self.plan.blocks, self.profile.batch)
         self.names = names = self.plan.names
         self._users = self._find_users()
         skipping: _Crossing = {}
@@ -228,7 +228,8 @@ class LocalLearner:
                 cost = estimate.block_bytes
                 most = self.rule.long_end(self.task)
                 if most and not recompute:
-                    share = 1 - self.rule.joint(self.task, blocks).images(self.profile.batch) / self.profile.batch
+                    joint = self.rule.joint(self.task, blocks, self.profile.batch)
+                    share = 1 - joint.images(self.profile.batch) / self.profile.batch
                     cuts, recompute = longest_end(self.profile, blocks, cost, estimate.end, most, share)
                     blocks = None
             return make_plan(self.profile, blocks=blocks, cuts=cuts, cost=cost, recompute=recompute)
@@ -282,7 +283,9 @@ class LocalLearner:
         share = self._joint.images(self.profile.batch) / self.profile.batch
         if not share or self.plan.blocks == 1:
             return []
-        return Estimate(self.profile, self._measured_pieces(batch)).recomputed_at_once(self.plan, share)
+        # The gradients of all weights are there in any case where all blocks learn at once.
+        estimate = Estimate(self.profile, self._measured_pieces(batch), gradients=False)
+        return estimate.recomputed_at_once(self.plan, share, alone=self._joint.weight == 1)
 
     def _check_trained(self) -> None:
         for k, cut in enumerate(self.plan.cuts):

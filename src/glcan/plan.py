@@ -36,7 +36,7 @@ EndCost = Callable[[int, int, float], tuple[int, list[tuple[int, int]]]]
 
 
 # How much larger than the largest of even blocks those with a long last one may be.
-_SLACK = 1.125
+SLACK = 1.125
 _TOGETHER = "+"
 
 
@@ -233,7 +233,7 @@ def longest_end(
     count, allowed = len(places) - 1, _trainable(profile)
     cuts = choose_cuts(profile, blocks, cost)
     even = block_ends(profile, cuts)
-    bound = _SLACK * max(cost(i, j) for i, j in itertools.pairwise(even))
+    bound = SLACK * max(cost(i, j) for i, j in itertools.pairwise(even))
     room = bound / share if share else math.inf
     runs = [profile.units[a:b] for a, b in itertools.pairwise(places)]
     flops = [sum(unit.flops for unit in run) for run in runs]

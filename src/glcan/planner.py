@@ -490,7 +490,8 @@ class _Bench:
         for blocks in self._numbers_of_blocks():
             estimate = self.estimate(blocks)
             within = bound - self._auxiliary_bytes(estimate, blocks)
-            joint = self.rule.joint(self.task, blocks).images(self.profile.batch) / self.profile.batch
+            batch = self.profile.batch
+            joint = self.rule.joint(self.task, blocks, batch).images(batch) / batch
             if joint < 1 and joint * estimate.block_bytes(0, len(cut_places(self.profile)) - 1) <= within:
                 within /= 1 - joint  # the joint images fit, and only the others go through the blocks
 

@@ -148,7 +148,7 @@ def test_a_rule_keeps_its_contract(rule: str, options: dict[str, Any], task: str
     batch = SAMPLES[task]()
     names = [f"block{i}" for i in range(1, mine.plan.blocks + 1)]
     assert mine.plan.blocks == (4 if RULES[rule].local else 1)
-    if mine.rule.joint(mine.task, mine.plan.blocks).weight == 1:
+    if mine.rule.joint(mine.task, mine.plan.blocks, mine.profile.batch).weight == 1:
         names = names[-1:]  # of the blocks that have a loss of their own
     assert list(mine.auxiliary) == names[:-1]
     assert all(p.requires_grad for p in mine.auxiliary.parameters())

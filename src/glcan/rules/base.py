@@ -164,8 +164,8 @@ class Rule(ABC):
         """What may be recomputed so that the last block can be longer; see `most` of `glcan.plan.longest_end`."""
         return 0.0
 
-    def joint(self, task: Task, blocks: int) -> Joint:
-        """What part of each batch is trained end to end, of a model in so many blocks."""
+    def joint(self, task: Task, blocks: int, batch: int) -> Joint:
+        """What part of each batch of so many images is trained end to end, of a model in so many blocks."""
         return Joint()
 
     def before_pass(self, auxiliary: nn.ModuleDict, model: nn.Module) -> None:

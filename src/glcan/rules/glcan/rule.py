@@ -49,9 +49,11 @@ from glcan.tasks.super_resolution import SuperResolution
 
 _BUDGETS = {"classification": 0.07, "super-resolution": 0.045, "detection": 0.09}
 _LONG_ENDS = {"classification": 0.0, "super-resolution": 0.32, "detection": 0.08}
-_JOINT = {"super-resolution": Joint(0.5, 1.0), "detection": Joint(0.25, 0.25)}
-# Classification: joint images, at least, for the statistics of BatchNorm.
+_JOINT = {"super-resolution": Joint(0.5, 1.0), "detection": Joint(0.75, 1.0)}
+# Classification: joint images beside local learning, at least, for the statistics of BatchNorm. Where a K-th of the
+# batch is fewer there is no local learning, but a larger share, if the other images are enough for the statistics.
 _LEAST_JOINT = 16
+_ALONE, _LEAST_BATCH = Joint(0.75, 1.0), 64
 _UNIT_SHARES = {"classification": 0.6, "super-resolution": 0.3, "detection": 0.0}
 # Classification with light units, and super-resolution: how far networks of the same structure are drawn together.
 _COUPLING = 0.1
@@ -295,20 +297,24 @@ class GLCAN(Rule):
     def long_end(self, task: Task) -> float:
         return _LONG_ENDS[task.name] if self.config.long_end is None else self.config.long_end
 
-    def joint(self, task: Task, blocks: int) -> Joint:
+    def joint(self, task: Task, blocks: int, batch: int) -> Joint:
         if blocks == 1 or self.config.joint == 0:
             return Joint()
         own = _JOINT.get(task.name)
-        if self.config.joint is None:
-            found = own or Joint(1 / blocks, 1 / blocks, _LEAST_JOINT)
-        else:
+        if self.config.joint is not None:
             found = Joint(self.config.joint, own.weight if own else self.config.joint)
+        elif own is not None:
+            found = own
+        elif batch // blocks < _LEAST_JOINT and batch >= _LEAST_BATCH and self.config.joint_weight is None:
+            found = _ALONE
+        else:
+            found = Joint(1 / blocks, 1 / blocks, _LEAST_JOINT)
         weight = self.config.joint_weight or found.weight
         given = [f.name for f in dataclasses.fields(self.config) if getattr(self.config, f.name) != f.default]
         if weight == 1 and (useless := [name for name in given if name not in ("joint", "joint_weight", "long_end")]):
             raise ConfigError(
                 f"glcan.{useless[0]} is {getattr(self.config, useless[0])!r}, but there are no auxiliary networks with "
-                f"joint_weight 1{'' if self.config.joint_weight else f', the default of {task.name}'}. Leave it out, "
+                f"joint_weight 1{'' if self.config.joint_weight else f', the default of {task.name} here'}. Leave it out, "
                 "or set joint_weight below 1 or joint to 0."
             )
         return dataclasses.replace(found, weight=weight)
