@@ -274,7 +274,7 @@ def test_blocks_that_are_recomputed_bound_joint_images_too() -> None:
 
 
 def test_no_more_is_recomputed_than_it_takes() -> None:
-    sample = torch.rand(128, 3, 8, 8), torch.randint(0, 10, (128,))
+    sample = torch.rand(128, 3, 16, 16), torch.randint(0, 10, (128,))
 
     def cost(**options: Any) -> Any:
         resnet = create("cifar_resnet32", num_classes=10)
@@ -286,7 +286,7 @@ def test_no_more_is_recomputed_than_it_takes() -> None:
     assert all(each.activation_peak_bytes <= 1.02 * local.activation_peak_bytes for each in alone)
     # What they save of the FLOPs of end-to-end training is spent on less memory than that.
     assert all(each.activation_peak_bytes < 0.75 * local.activation_peak_bytes for each in alone[:3])
-    assert 0.95 * whole.flops < alone[2].flops < 1.06 * whole.flops
+    assert 0.9 * whole.flops < alone[2].flops < 1.06 * whole.flops
 
 
 def test_the_plan_knows_of_it() -> None:

@@ -184,6 +184,7 @@ class Estimate:
     ) -> None:
         self.profile = profile
         self.auxiliary = auxiliary or {}
+        self._known, self._counted = pieces, gradients
         self._places = cut_places(profile)
         runs = [profile.units[a:b] for a, b in itertools.pairwise(self._places)]
         self._saved = [profile.saved_bytes(a, b) for a, b in itertools.pairwise(self._places)]
@@ -259,10 +260,10 @@ class Estimate:
     def recomputed_at_once(self, plan: Plan, share: float, alone: bool = False) -> list[list[str]]:
         """Chains of units to recompute where a share of each batch trains all blocks at once (`glcan.rules.Joint`).
 
-        They are as few as keep these images within the memory of the plan's largest block, or about that of the largest
-        of even blocks, whichever is less. Where the early blocks learn from them `alone` there are no auxiliary networks
-        to pay for, and more is recomputed instead, for less memory, as long as a step takes about the FLOPs of
-        end-to-end training (`_COMPUTE`). They begin with the model's first units.
+        They are as few as keep these images within the memory of the plan's largest block, or of the largest of even
+        blocks, whichever is less; about so, where that cannot be. Where the early blocks learn from them ``alone``
+        there are no auxiliary networks to pay for, and more is recomputed, for less memory, as long as a step takes
+        about the FLOPs of end-to-end training (`_COMPUTE`). They begin with the model's first units.
         """
         ends = list(itertools.pairwise(block_ends(self.profile, plan.cuts)))
         blocks = {
@@ -273,29 +274,34 @@ class Estimate:
         room = max(blocks.values())
         if plan.blocks in numbers_of_blocks(self.profile):
             even = block_ends(self.profile, choose_cuts(self.profile, plan.blocks, self.block_bytes))
-            room = min(room, SLACK * max(self.block_bytes(i, j) for i, j in itertools.pairwise(even)))
+            room = min(room, max(self.block_bytes(i, j) for i, j in itertools.pairwise(even)))
         runs = [self.profile.units[a:b] for a, b in itertools.pairwise(self._places)]
         parted = (k for k, run in enumerate(runs) if any(unit.name in self.profile.parted for unit in run))
         most = next(parted, len(runs))
-        found = self._first_within(most, room / share)
-        if found is None:
-            bytes_of = functools.cache(lambda stop: self.end(0, stop, room / share)[0])
-            found = min(range(most + 1), key=bytes_of)
-        stop, bound = found, room / share
+        stop, bound = None, room / share
+        for slack in (1, SLACK):
+            if stop is None:
+                bound = slack * room / share
+                stop = self._first_within(most, bound)
+        if stop is None and self._counted:
+            # The gradients of all weights are there in any case; against many weights nothing else counts.
+            return Estimate(self.profile, self._known, gradients=False).recomputed_at_once(plan, share, alone)
+        if stop is None:
+            stop = min(reversed(range(most + 1)), key=lambda k: self.end(0, k, bound)[0])
         if alone:
             last = ends[-1]
             others = self.forward_flops(0, len(runs)) + 2 * self.forward_flops(*last)
             spent = _COMPUTE * 3 * self.forward_flops(0, len(runs)) - (1 - share) * others
             allowed = spent / share - 3 * self.forward_flops(0, len(runs))
-            floor = (1 - share) * self.block_bytes(*last)
+            needed = (1 - share) * self.block_bytes(*last)  # by the other images, in any case
             for part in _PARTS_OF_ROOM:
-                smaller = max(floor, part * room) / share
+                smaller = max(needed, part * room) / share
+                if smaller >= bound:
+                    break
                 found = self._first_within(most, smaller)
                 if found is None or self.forward_flops(0, found) > allowed:
                     break
                 stop, bound = found, smaller
-                if smaller * share <= floor:
-                    break
         return [chain for a, b in self.end(0, stop, bound)[1] for chain in chains(runs[a:b])]
 
     def _first_within(self, most: int, bound: float) -> int | None:

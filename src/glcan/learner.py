@@ -283,8 +283,7 @@ class LocalLearner:
         share = self._joint.images(self.profile.batch) / self.profile.batch
         if not share or self.plan.blocks == 1:
             return []
-        # The gradients of all weights are there in any case where all blocks learn at once.
-        estimate = Estimate(self.profile, self._measured_pieces(batch), gradients=False)
+        estimate = Estimate(self.profile, self._measured_pieces(batch))
         return estimate.recomputed_at_once(self.plan, share, alone=self._joint.weight == 1)
 
     def _check_trained(self) -> None:

@@ -490,10 +490,11 @@ class _Bench:
         for blocks in self._numbers_of_blocks():
             estimate = self.estimate(blocks)
             within = bound - self._auxiliary_bytes(estimate, blocks)
-            batch = self.profile.batch
-            joint = self.rule.joint(self.task, blocks, batch).images(batch) / batch
+            joint, least = self._joint(estimate, blocks)
+            if least > within:
+                continue
             if joint < 1 and joint * estimate.block_bytes(0, len(cut_places(self.profile)) - 1) <= within:
-                within /= 1 - joint  # the joint images fit, and only the others go through the blocks
+                within /= 1 - joint  # the joint images fit as they are, and only the others go through the blocks
 
             def cost(i: int, j: int, estimate: Estimate = estimate) -> int:
                 return min(estimate.block_bytes(i, j), estimate.recomputed_bytes(i, j))
@@ -525,9 +526,16 @@ class _Bench:
                 cost = estimate.recomputed_bytes if again else estimate.block_bytes
                 cuts = choose_cuts(self.profile, blocks, cost)
                 largest = max(cost(i, j) for i, j in itertools.pairwise(block_ends(self.profile, cuts)))
+                largest = max(largest, self._joint(estimate, blocks)[1])
                 options.append((largest + self._auxiliary_bytes(estimate, blocks), cuts, again))
         found = [self.run(**_cut_at(cuts), recompute=again) for _, cuts, again in sorted(options)[:3]]
         return min(found, key=lambda forecast: forecast.cost.peak_bytes)
+
+    def _joint(self, estimate: Estimate, blocks: int) -> tuple[float, float]:
+        """The share of the batch that is joint, and what it holds at least, with all units recomputed."""
+        batch, units = self.profile.batch, len(cut_places(self.profile)) - 1
+        share = self.rule.joint(self.task, blocks, batch).images(batch) / batch
+        return share, share * min(estimate.block_bytes(0, units), estimate.recomputed_bytes(0, units))
 
     def _auxiliary_bytes(self, estimate: Estimate, blocks: int) -> float:
         """What all auxiliary networks hold, about: weights, gradients and, with an optimizer, a moment."""
@@ -562,6 +570,11 @@ class _Bench:
             if self.autocast is None:
                 helps.append("bf16 precision, which about halves the activations")
             helps.append("smaller images")
+            share = self.rule.joint(self.task, best.plan.blocks, batch)
+            if best.plan.blocks > 1 and share.images(batch) > 1:
+                helps.append(
+                    f"fewer joint images than {share.images(batch)} of the batch (the rule's option joint), or none"
+                )
         how = f"{best.plan.blocks} blocks" if best.plan.blocks > 1 else "one block"
         if self.rule.local:
             how += ", recomputed" if best.plan.recompute else "; checkpointing inside blocks does not lower it"

@@ -88,7 +88,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path, before_step: Cal
 def test_what_does_not_fit_is_refused_before_training(tmp_path: Path) -> None:
     data = load_data(few())
     with pytest.raises(ConfigError, match="'backbone' is for classification"):
-        build(few(rule="glcan", rule_options={"unit": "backbone"}), data)
+        build(few(rule="glcan", rule_options={"unit": "backbone", "joint": 0.0}), data)
     with pytest.raises(ConfigError, match="cifar_resnet20.*(refuses|returned)"):
         build(few(model="cifar_resnet20", model_options={}), data)
     with pytest.raises(DataError, match="not in COCO's layout"):

@@ -106,10 +106,10 @@ class GLCAN(Rule):
                 longer within the memory of the other blocks, up to this share of the model's forward FLOPs; 0: not;
                 none: the task's own default, 0.32 for super-resolution, 0.08 for detection, 0 for classification.
             joint: share of each batch on which all blocks learn end to end, see `glcan.rules.Joint`; none: the task's
-                own default, 0.5 for super-resolution, 0.25 for detection, for classification 1 / K where that is 16
-                images or more.
+                own default, 0.5 for super-resolution, 0.75 for detection, for classification 1 / K where that is 16
+                images or more, else 0.75 where the batch has at least 64.
             joint_weight: of that gradient in all blocks but the last one; with 1 there are no auxiliary networks; none:
-                1 for super-resolution, 0.25 for detection, the share itself for classification.
+                1 for super-resolution, detection and the 0.75 of classification, else the share itself.
         """
 
         budget: float | None = None
