@@ -526,8 +526,8 @@ class _Bench:
                 cost = estimate.recomputed_bytes if again else estimate.block_bytes
                 cuts = choose_cuts(self.profile, blocks, cost)
                 largest = max(cost(i, j) for i, j in itertools.pairwise(block_ends(self.profile, cuts)))
-                largest = max(largest, self._joint(estimate, blocks)[1])
-                options.append((largest + self._auxiliary_bytes(estimate, blocks), cuts, again))
+                held = max(largest, self._joint(estimate, blocks)[1])
+                options.append((held + self._auxiliary_bytes(estimate, blocks), cuts, again))
         found = [self.run(**_cut_at(cuts), recompute=again) for _, cuts, again in sorted(options)[:3]]
         return min(found, key=lambda forecast: forecast.cost.peak_bytes)
 

@@ -314,8 +314,8 @@ class GLCAN(Rule):
         if weight == 1 and (useless := [name for name in given if name not in ("joint", "joint_weight", "long_end")]):
             raise ConfigError(
                 f"glcan.{useless[0]} is {getattr(self.config, useless[0])!r}, but there are no auxiliary networks with "
-                f"joint_weight 1{'' if self.config.joint_weight else f', the default of {task.name} here'}. Leave it out, "
-                "or set joint_weight below 1 or joint to 0."
+                f"joint_weight 1{'' if self.config.joint_weight else f', the default of {task.name} here'}. "
+                "Leave it out, or set joint_weight below 1 or joint to 0."
             )
         return dataclasses.replace(found, weight=weight)
 
