@@ -185,6 +185,16 @@ def test_what_cannot_fit_is_explained() -> None:
         glcan.plan(network, sample=sample, memory="1MiB", optimizer=partial(AdamW, lr=1e-3))
 
 
+def test_a_budget_that_local_learning_keeps_is_kept_with_joint_images() -> None:
+    network, sample = MODELS["resnet"](), batch(64)
+    options: dict[str, Any] = {"optimizer": OPTIMIZER, "baselines": ()}
+    local = glcan.plan(network, sample=sample, blocks=8, rule_options={"joint": 0.0}, **options)
+    found = glcan.plan(network, sample=sample, memory=local.cost.peak_bytes, **options)
+    assert found.cost.peak_bytes <= local.cost.peak_bytes
+    with pytest.raises(ConfigError, match=r"fewer joint images than \d+ of the batch"):
+        glcan.plan(network, sample=sample, memory=local.cost.peak_bytes // 2, rule_options={"joint": 0.5}, **options)
+
+
 def test_a_baseline_has_nothing_to_search() -> None:
     network, sample = MODELS["resnet"](), batch(64)
     known = peaks(network, sample)
