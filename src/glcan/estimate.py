@@ -266,12 +266,11 @@ class Estimate:
         about the FLOPs of end-to-end training (`_COMPUTE`). They begin with the model's first units.
         """
         ends = list(itertools.pairwise(block_ends(self.profile, plan.cuts)))
-        blocks = {
-            name: self.recomputed_bytes(i, j) if name in plan.recompute else self.block_bytes(i, j)
+        room: float = max(
+            self.recomputed_bytes(i, j) if name in plan.recompute else self.block_bytes(i, j)
             for name, (i, j) in zip(plan.names, ends, strict=True)
             if i < j
-        }
-        room = max(blocks.values())
+        )
         if plan.blocks in numbers_of_blocks(self.profile):
             even = block_ends(self.profile, choose_cuts(self.profile, plan.blocks, self.block_bytes))
             room = min(room, max(self.block_bytes(i, j) for i, j in itertools.pairwise(even)))
@@ -289,10 +288,9 @@ class Estimate:
         if stop is None:
             stop = min(reversed(range(most + 1)), key=lambda k: self.end(0, k, bound)[0])
         if alone:
-            last = ends[-1]
-            others = self.forward_flops(0, len(runs)) + 2 * self.forward_flops(*last)
-            spent = _COMPUTE * 3 * self.forward_flops(0, len(runs)) - (1 - share) * others
-            allowed = spent / share - 3 * self.forward_flops(0, len(runs))
+            last, forward = ends[-1], self.forward_flops(0, len(runs))
+            others = (1 - share) * (forward + 2 * self.forward_flops(*last))
+            allowed = (_COMPUTE * 3 * forward - others) / share - 3 * forward  # for recomputation, of the whole batch
             needed = (1 - share) * self.block_bytes(*last)  # by the other images, in any case
             for part in _PARTS_OF_ROOM:
                 smaller = max(needed, part * room) / share

@@ -35,7 +35,7 @@ EndCost = Callable[[int, int, float], tuple[int, list[tuple[int, int]]]]
 """What the last block costs, and its segments that are recomputed, see `glcan.estimate.Estimate.end`."""
 
 
-# How much larger than the largest of even blocks those with a long last one may be.
+# How much larger than the largest of even blocks those with a long last one may be, and joint images if need be.
 SLACK = 1.125
 _TOGETHER = "+"
 
