@@ -278,7 +278,7 @@ class Estimate:
         parted = (k for k, run in enumerate(runs) if any(unit.name in self.profile.parted for unit in run))
         most = next(parted, len(runs))
         stop, bound = None, room / share
-        for slack in (1, SLACK):
+        for slack in (1,) if self._counted else (1, SLACK):
             if stop is None:
                 bound = slack * room / share
                 stop = self._first_within(most, bound)
