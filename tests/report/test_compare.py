@@ -197,6 +197,12 @@ def test_a_folder_with_other_files_and_a_file_are_refused(tmp_path):
     assert note.read_text() == "years of work"
 
 
+def test_runs_may_begin_in_the_same_moment(tmp_path):
+    (tmp_path / ".request.json.123.tmp").write_text("{")  # of another process, which has not come to its end
+    train_run(tiny(epochs=1), ["e2e"], [0], tmp_path, method="e2e", seed=0, progress=False)
+    assert (tmp_path / "e2e" / "seed0" / "summary.json").exists()
+
+
 def test_a_damaged_request_is_refused(tmp_path):
     (tmp_path / "request.json").write_text("{")
     with pytest.raises(RunError, match="cannot be read"):

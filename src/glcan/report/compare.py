@@ -237,7 +237,8 @@ def _check_out(out: Path, request: dict[str, Any]) -> None:
         return
     if not out.is_dir():
         raise RunError(f"{out} is a file, but a comparison needs a directory. Choose another --out.")
-    found = sorted(entry.name for entry in out.iterdir())
+    names = (entry.name for entry in out.iterdir())
+    found = sorted(name for name in names if not name.startswith(f".{REQUEST}."))  # being written by a run beside this
     if not found:
         return
     if REQUEST not in found:
