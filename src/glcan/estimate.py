@@ -288,19 +288,27 @@ class Estimate:
         if stop is None:
             stop = min(reversed(range(most + 1)), key=lambda k: self.end(0, k, bound)[0])
         if alone:
-            last, forward = ends[-1], self.forward_flops(0, len(runs))
-            others = (1 - share) * (forward + 2 * self.forward_flops(*last))
-            allowed = (_COMPUTE * 3 * forward - others) / share - 3 * forward  # for recomputation, of the whole batch
-            needed = (1 - share) * self.block_bytes(*last)  # by the other images, in any case
-            for part in _PARTS_OF_ROOM:
-                smaller = max(needed, part * room) / share
-                if smaller >= bound:
-                    break
-                found = self._first_within(most, smaller)
-                if found is None or self.forward_flops(0, found) > allowed:
-                    break
-                stop, bound = found, smaller
+            stop, bound = self._for_the_flops_saved(share, ends[-1], room, most, (stop, bound))
         return [chain for a, b in self.end(0, stop, bound)[1] for chain in chains(runs[a:b])]
+
+    def _for_the_flops_saved(
+        self, share: float, last: tuple[int, int], room: float, most: int, found: tuple[int, float]
+    ) -> tuple[int, float]:
+        """Up to where to recompute, and the bound, for the least memory that `_COMPUTE` allows; what was found if none.
+
+        The other images only run forward, but for the last block.
+        """
+        forward = self.forward_flops(0, len(self._saved))
+        others = (1 - share) * (forward + 2 * self.forward_flops(*last))
+        allowed = (_COMPUTE * 3 * forward - others) / share - 3 * forward  # for recomputation, of the whole batch
+        needed = (1 - share) * self.block_bytes(*last)  # by the other images, in any case
+        for part in _PARTS_OF_ROOM:
+            bound = max(needed, part * room) / share
+            stop = self._first_within(most, bound) if bound < found[1] else None
+            if stop is None or self.forward_flops(0, stop) > allowed:
+                break
+            found = stop, bound
+        return found
 
     def _first_within(self, most: int, bound: float) -> int | None:
         """The first place up to which units have to be recomputed to keep the whole model within the bound, if any."""

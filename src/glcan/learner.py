@@ -228,9 +228,8 @@ class LocalLearner:
                 cost = estimate.block_bytes
                 most = self.rule.long_end(self.task)
                 if most and not recompute:
-                    joint = self.rule.joint(self.task, blocks, self.profile.batch)
-                    share = 1 - joint.images(self.profile.batch) / self.profile.batch
-                    cuts, recompute = longest_end(self.profile, blocks, cost, estimate.end, most, share)
+                    joint = self.rule.joint(self.task, blocks, self.profile.batch).share_of(self.profile.batch)
+                    cuts, recompute = longest_end(self.profile, blocks, cost, estimate.end, most, 1 - joint)
                     blocks = None
             return make_plan(self.profile, blocks=blocks, cuts=cuts, cost=cost, recompute=recompute)
         if recompute:
@@ -280,7 +279,7 @@ class LocalLearner:
 
     def _find_joint_recomputed(self, batch: tuple[Any, ...]) -> list[list[str]]:
         """The chains of units that are recomputed for joint images, so that these do not set the peak."""
-        share = self._joint.images(self.profile.batch) / self.profile.batch
+        share = self._joint.share_of(self.profile.batch)
         if not share or self.plan.blocks == 1:
             return []
         estimate = Estimate(self.profile, self._measured_pieces(batch))

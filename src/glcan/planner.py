@@ -534,7 +534,7 @@ class _Bench:
     def _joint(self, estimate: Estimate, blocks: int) -> tuple[float, float]:
         """The share of the batch that is joint, and what it holds at least, with all units recomputed."""
         batch, units = self.profile.batch, len(cut_places(self.profile)) - 1
-        share = self.rule.joint(self.task, blocks, batch).images(batch) / batch
+        share = self.rule.joint(self.task, blocks, batch).share_of(batch)
         return share, share * min(estimate.block_bytes(0, units), estimate.recomputed_bytes(0, units))
 
     def _auxiliary_bytes(self, estimate: Estimate, blocks: int) -> float:
@@ -570,11 +570,9 @@ class _Bench:
             if self.autocast is None:
                 helps.append("bf16 precision, which about halves the activations")
             helps.append("smaller images")
-            share = self.rule.joint(self.task, best.plan.blocks, batch)
-            if best.plan.blocks > 1 and share.images(batch) > 1:
-                helps.append(
-                    f"fewer joint images than {share.images(batch)} of the batch (the rule's option joint), or none"
-                )
+            joint = self.rule.joint(self.task, best.plan.blocks, batch).images(batch)
+            if best.plan.blocks > 1 and joint > 1:
+                helps.append(f"fewer joint images than {joint} of the batch (the rule's option joint), or none")
         how = f"{best.plan.blocks} blocks" if best.plan.blocks > 1 else "one block"
         if self.rule.local:
             how += ", recomputed" if best.plan.recompute else "; checkpointing inside blocks does not lower it"

@@ -46,6 +46,10 @@ class Joint:
             return max(1, found) if self.share else 0
         return found if found >= self.least else 0
 
+    def share_of(self, batch: int) -> float:
+        """The share that they are of a batch of this size."""
+        return self.images(batch) / batch
+
 
 @dataclasses.dataclass(frozen=True)
 class Site:
