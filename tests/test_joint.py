@@ -172,6 +172,21 @@ def test_without_local_learning_one_image_is_joint() -> None:
     assert_close(gradients(chain), end_to_end(0, 1))
 
 
+@pytest.mark.parametrize("images", [2, 3, 6])
+def test_without_local_learning_the_few_images_that_end_an_epoch_are_all_joint(images: int) -> None:
+    chain = model()
+    learner(chain, 0.75, 1.0).backward(*part(0, images))  # six of a whole batch are
+    assert_close(gradients(chain), end_to_end(0, images))
+
+
+def test_none_of_their_parts_is_too_small_for_batchnorm() -> None:
+    net = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU()) for _ in range(6)))
+    images, labels = torch.randn(64, 4), torch.randint(0, 4, (64,))
+    joint = LocalLearner(net, sample=(images, labels), blocks=6)
+    for count in (2, 3, 4, 5, 48, 49, 63):
+        assert joint.backward(images[:count], labels[:count])["block6"].isfinite()
+
+
 def test_it_is_off_with_one_block_and_in_a_start() -> None:
     chain, other = model(), model()
     rule = {"joint": 0.25}

@@ -452,9 +452,19 @@ class LocalLearner:
         weight: float = 1.0,
     ) -> dict[str, Tensor]:
         """A pass of a batch, or of a part of it that has the weight in the batch's losses."""
-        if self.plan.blocks > 1 and not self.end_to_end and (count := self._joint.images(len(batch[0]))):
+        if self.plan.blocks > 1 and not self.end_to_end and (count := self._joint_images(len(batch[0]))):
             return self._run_joint(batch, count, scaler, finish, weight)
         return self._run_blocks(batch, scaler, finish, (weight, weight))
+
+    def _joint_images(self, images: int) -> int:
+        """How many images of a batch of this size are joint ones.
+
+        Without local learning all of them, where they are no more than those of a whole batch: the few images that end
+        an epoch would leave too few for BatchNorm in one of the parts, and hold no more memory together.
+        """
+        if self._joint.weight == 1 and images <= self._joint.images(self.profile.batch):
+            return images
+        return self._joint.images(images)
 
     def _run_joint(
         self,

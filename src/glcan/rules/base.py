@@ -32,7 +32,8 @@ class Joint:
             1 there are no auxiliary networks, and the other images train the last block alone. In the last block every
             image counts as much.
         least: fewer images than this are none, since normalisation over the batch needs some; but with a weight of 1
-            there is always one at least.
+            there is always one at least, and a batch that ends an epoch with no more images than are joint in a whole
+            one is joint altogether.
     """
 
     share: float = 0.0
