@@ -69,6 +69,20 @@ class TestGradients:
         assert_close(found, expected, tolerance=1e-12)
         assert_close(losses, expected_losses, tolerance=1e-12)
 
+    @pytest.mark.parametrize(
+        ("images", "parts"), [(64, 4), (63, 4), (33, 3), (17, 2), (16, 1), (5, 1), (2, 1), (80, 4)]
+    )
+    def test_the_images_that_end_an_epoch_are_in_no_smaller_parts(self, images: int, parts: int) -> None:
+        net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 4))
+        inputs, labels = torch.randn(80, 4), torch.randint(0, 4, (80,))
+        built = LocalLearner(net, sample=(inputs[:64], labels[:64]), rule="e2e", accumulate=4)
+        seen: list[int] = []
+        net[0].register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+        assert built.backward(inputs[:images], labels[:images])["block1"].isfinite()
+        assert len(seen) == parts
+        assert sum(seen) == images
+        assert max(seen) - min(seen) <= 1
+
     def test_end_to_end_steps_are_those_of_the_baseline(self) -> None:
         chain = model()
         built = learner(chain, 3, **RULES["glcan"])

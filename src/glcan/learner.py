@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -158,6 +159,7 @@ class LocalLearner:
                 cuts, recompute = self.forecast.plan.cuts or None, self.forecast.plan.recompute
                 blocks = None if cuts else 1
         batch = first_part(self.task, tuple(sample), accumulate)
+        self._whole = len(sample[0])  # images of a whole batch
         args, kwargs = self.task.arguments(batch)
         if profile is None:
             with self.task.running(model) if self.rule.local else contextlib.nullcontext():
@@ -434,7 +436,10 @@ class LocalLearner:
         images = len(batch[0])
         losses: dict[str, Tensor] = {}
         after_block = self.after_block
-        for begin, end in _parts(images, self.accumulate):
+        parts = self.accumulate
+        if images < self._whole:  # the images that end an epoch: in parts as large as ever, for the sake of BatchNorm
+            parts = min(parts, math.ceil(images / math.ceil(self._whole / parts)))
+        for begin, end in _parts(images, parts):
             complete, share = end == images, (end - begin) / images
             self.after_block = after_block if complete else None
             try:
