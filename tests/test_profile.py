@@ -294,6 +294,19 @@ def test_profiling_leaves_the_model_as_it_was(build: Any) -> None:
     assert not torch.nn.modules.module._global_forward_pre_hooks
 
 
+def test_a_compiled_model_is_refused() -> None:
+    images = torch.rand(2, 3, 8, 8)
+    with pytest.raises(ConfigError, match="the model is compiled, and cannot be cut. Give the module"):
+        profile(torch.compile(Small()), (images,))
+    part, whole = Small(), Small()
+    part.b = torch.compile(part.b)
+    with pytest.raises(ConfigError, match=r"Small: its sub-module 'b' is compiled"):
+        profile(part, (images,))
+    whole.compile()
+    with pytest.raises(ConfigError, match=r"the model is compiled.* Leave out its \.compile\(\)"):
+        profile(whole, (images,))
+
+
 def test_data_dependent_control_flow_falls_back_to_the_real_model() -> None:
     decides, plain = _Decides(), Small()
     found = profile(decides, (batch := zoo.images(2, 8),))
