@@ -86,6 +86,28 @@ def test_labels_out_of_range(labels: torch.Tensor, wrong: int) -> None:
         Classification().prepare(((4, 10),), (IMAGES, labels))
 
 
+@pytest.mark.parametrize(
+    ("labels", "found"),
+    [
+        (LABELS.float(), r"float32 of shape \[4\]"),
+        (LABELS.int(), r"int32 of shape \[4\]"),
+        (LABELS[:3], r"int64 of shape \[3\]"),
+        (LABELS[:, None], r"int64 of shape \[4, 1\]"),
+        (torch.rand(4, 9), r"float32 of shape \[4, 9\]"),
+        (LABELS.tolist(), "list"),
+    ],
+)
+def test_labels_of_another_form(labels: Any, found: str) -> None:
+    with pytest.raises(DataError, match=rf"Labels are {found}; with 4 images and 10 classes.*int64 of shape \[4\]"):
+        Classification().prepare(((4, 10),), (IMAGES, labels))
+    Classification(criterion=lambda logits, labels: logits.sum()).prepare(((4, 10),), (IMAGES, labels))
+
+
+def test_labels_of_either_form() -> None:
+    for labels in (LABELS, LABELS.to(torch.uint8), torch.rand(4, 10), torch.rand(4, 10).double()):
+        Classification().prepare(((4, 10),), (IMAGES, labels))
+
+
 def test_what_does_not_fit() -> None:
     with pytest.raises(ConfigError, match="this one has 3 items"):
         Classification().prepare(((4, 10),), (IMAGES, LABELS, LABELS))

@@ -13,6 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from glcan.errors import ConfigError, DataError
 from glcan.tasks.base import Task
 
+_INDICES = (torch.int64, torch.uint8)  # what cross-entropy takes as class indices
+
 
 class Classification(Task):
     """Cross-entropy over classes, for the model's logits and for every auxiliary network's.
@@ -56,13 +58,31 @@ class Classification(Task):
             self.classes = flat[0][1]
         assert self.classes is not None
         labels = batch[1]
-        if not labels.is_floating_point() and labels.numel() and not isinstance(labels, FakeTensor):
+        if self.criterion is None:
+            self._check_form(labels, len(batch[0]), self.classes)
+        if not isinstance(labels, Tensor) or isinstance(labels, FakeTensor):
+            return
+        if not labels.is_floating_point() and labels.numel():
             low, high = int(labels.min()), int(labels.max())
             if low < 0 or high >= self.classes:
                 raise DataError(
                     f"A label is {low if low < 0 else high}, but the model gives {self.classes} classes, so labels "
                     f"must lie in 0 ... {self.classes - 1}. Give the model as many classes as the data has."
                 )
+
+    @staticmethod
+    def _check_form(labels: Any, images: int, classes: int) -> None:
+        found = type(labels).__name__
+        if isinstance(labels, Tensor):
+            found = f"{str(labels.dtype).removeprefix('torch.')} of shape {list(labels.shape)}"
+            wanted = [images, classes] if labels.is_floating_point() else [images]
+            if list(labels.shape) == wanted and (labels.is_floating_point() or labels.dtype in _INDICES):
+                return
+        raise DataError(
+            f"Labels are {found}; with {images} images and {classes} classes they must be a tensor of class indices, "
+            f"int64 of shape [{images}], or of probabilities, floating-point of shape [{images}, {classes}]. Convert "
+            "them (labels.long(), torch.tensor(labels)), or give Classification(criterion=...) for another loss."
+        )
 
     def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
         if self.criterion is not None:
