@@ -21,7 +21,7 @@ from glcan.plan import numbers_of_blocks
 from glcan.rules import Rule, Site
 from glcan.tasks import Detection
 from glcan.tasks import create as create_task
-from glcan.tasks.detection import check_targets
+from glcan.tasks.detection import check_targets, classes_of
 
 DETECTORS = ["retinanet_small", "fcos_small", "fasterrcnn_resnet18_fpn"]
 CUTS = ["backbone.body.layer2.0", "backbone.body.layer3.1"]  # the second one inside a stage
@@ -307,6 +307,24 @@ def test_an_example_is_a_batch_of_the_task() -> None:
         len(target["boxes"]) == 7 and (target["boxes"].amax(0)[2:] <= torch.tensor([96, 48])).all()
         for target in targets
     )
+
+
+@pytest.mark.parametrize("kind", ["fcos_small", "retinanet_small"])  # two stages are run with the sample before
+def test_a_label_that_the_model_has_no_class_for(kind: str) -> None:
+    model = detector(kind)
+    classes = classes_of(model)
+    model.backbone.num_classes = 0  # type: ignore[assignment, union-attr]  # as timm's have it
+    assert classes is not None
+    assert classes_of(model) == classes
+    images, targets = batch()
+    LocalLearner(model, "detection", (images, targets), blocks=2)
+    targets[0]["labels"] = torch.full_like(targets[0]["labels"], classes)
+    with pytest.raises(
+        DataError, match=rf"of target 0 is {classes}, but.* {classes} classes.* 1 \.\.\. {classes - 1}\."
+    ):
+        LocalLearner(model, "detection", (images, targets), blocks=2)
+    assert classes_of(detector("fasterrcnn_resnet18_fpn")) == classes
+    assert classes_of(nn.Linear(1, 1)) is None
 
 
 def test_a_detector_of_two_stages_is_cut_only_where_every_block_learns() -> None:

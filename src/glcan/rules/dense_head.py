@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from glcan.errors import ConfigError
 from glcan.profile import Profile
+from glcan.tasks.detection import classes_of
 
 __all__ = ["DenseHead", "convolution", "head_flops", "pyramid_grids", "scale_of", "total_classes"]
 
@@ -163,11 +164,8 @@ def total_classes(model: nn.Module) -> int:
     Raises:
         ConfigError: it does not say so in any of torchvision's ways.
     """
-    for module in model.modules():
-        if isinstance(found := getattr(module, "num_classes", None), int):
-            return found
-        if isinstance(scores := getattr(module, "cls_score", None), nn.Linear):
-            return scores.out_features
+    if (classes := classes_of(model)) is not None:
+        return classes
     raise ConfigError(
         f"{type(model).__name__} does not say how many classes it predicts; give its classification head an attribute "
         "num_classes, as torchvision's heads have it."

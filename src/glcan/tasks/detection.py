@@ -41,6 +41,7 @@ class Detection(Task):
     def __init__(self) -> None:
         # the first image of the batch that the model runs on, and what its transform made of the batch
         self._seen: tuple[Any, Any] | None = None
+        self._classes: int | None = None  # that the model predicts, as far as it says so
 
     def arguments(self, batch: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if len(batch) != 2:
@@ -59,7 +60,7 @@ class Detection(Task):
 
     def prepare(self, shapes: tuple[tuple[int, ...], ...], batch: tuple[Any, ...]) -> None:
         """Checks the sample; see `check_targets`."""
-        check_targets(*batch)
+        check_targets(*batch, classes=self._classes)
         if any(shapes) or not shapes:
             raise ConfigError(
                 f"The model returns tensors of shapes {list(shapes)}; in train mode a detector must return a dict of "
@@ -77,6 +78,7 @@ class Detection(Task):
             if arguments and len(arguments[0]):
                 self._seen = arguments[0][0], output
 
+        self._classes = classes_of(model)
         with contextlib.ExitStack() as stack:
             if isinstance(transform := getattr(model, "transform", None), nn.Module):
                 stack.callback(transform.register_forward_hook(keep).remove)
@@ -254,12 +256,33 @@ def total_loss(losses: Any, origin: str) -> Tensor:
     return sum(rest, start=first)
 
 
-def check_targets(images: Sequence[Tensor], targets: Sequence[Mapping[str, Tensor]]) -> None:
+def classes_of(model: nn.Module) -> int | None:
+    """The number of classes that the detector predicts, the background included; none: it does not say.
+
+    A backbone is not asked: timm's have a `num_classes` of their own.
+    """
+    for name, module in model.named_modules():
+        if "backbone" in name.split("."):
+            continue
+        if isinstance(found := getattr(module, "num_classes", None), int):
+            return found
+        if isinstance(scores := getattr(module, "cls_score", None), nn.Linear):
+            return scores.out_features
+    return None
+
+
+def check_targets(
+    images: Sequence[Tensor], targets: Sequence[Mapping[str, Tensor]], *, classes: int | None = None
+) -> None:
     """Checks that a batch is one of detection: see `Detection`. Values of fake tensors are not looked at.
+
+    Args:
+        images, targets: the batch.
+        classes: that the model predicts, the background included; none: not known.
 
     Raises:
         ConfigError: the batch has another form.
-        DataError: a box without area or with a value that is no number, a label below 1.
+        DataError: a box without area or with a value that is no number, a label below 1 or beyond the model's classes.
     """
     _check_structure(images, targets)
     for index, (image, target) in enumerate(zip(images, targets, strict=True)):
@@ -297,6 +320,11 @@ def check_targets(images: Sequence[Tensor], targets: Sequence[Mapping[str, Tenso
             raise DataError(
                 f"A label of target {index} is {int(labels.min())}; labels of objects count from 1, 0 is the "
                 "background."
+            )
+        if classes is not None and int(labels.max()) >= classes:
+            raise DataError(
+                f"A label of target {index} is {int(labels.max())}, but the model predicts {classes} classes, the "
+                f"background included, so labels must lie in 1 ... {classes - 1}. Give the model more (num_classes)."
             )
 
 
