@@ -166,7 +166,7 @@ def test_evaluate_weights_of_a_model(glcan, finished, tmp_path):
     ("arguments", "message"),
     [
         ([], "name the directory of a run, or give --model and --weights"),
-        (["nowhere"], "nowhere has no summary.json"),
+        (["nowhere"], "nowhere is no directory of a run"),
         (["--model", "cifar_resnet20", "--weights", "nowhere.pt"], "no weights at nowhere.pt"),
     ],
 )

@@ -178,6 +178,8 @@ class RunDirectory:
         Raises:
             RunError: the run is not finished, or there is none.
         """
+        if not self.config.exists():
+            raise RunError(f"{self.path} is no directory of a run. Give one that `glcan train --out ...` has written.")
         values = self._read(self.summary, "The run is not finished: continue it with `glcan train --resume --out ...`")
         try:
             return Summary(**values)
