@@ -436,10 +436,7 @@ class LocalLearner:
         images = len(batch[0])
         losses: dict[str, Tensor] = {}
         after_block = self.after_block
-        parts = self.accumulate
-        if images < self._whole:  # the images that end an epoch: in parts as large as ever, for the sake of BatchNorm
-            parts = min(parts, math.ceil(images / math.ceil(self._whole / parts)))
-        for begin, end in _parts(images, parts):
+        for begin, end in _parts(images, self.accumulate, self._whole):
             complete, share = end == images, (end - begin) / images
             self.after_block = after_block if complete else None
             try:
@@ -457,19 +454,13 @@ class LocalLearner:
         weight: float = 1.0,
     ) -> dict[str, Tensor]:
         """A pass of a batch, or of a part of it that has the weight in the batch's losses."""
-        if self.plan.blocks > 1 and not self.end_to_end and (count := self._joint_images(len(batch[0]))):
+        if (
+            self.plan.blocks > 1
+            and not self.end_to_end
+            and (count := self._joint.images(len(batch[0]), self.profile.batch))
+        ):
             return self._run_joint(batch, count, scaler, finish, weight)
         return self._run_blocks(batch, scaler, finish, (weight, weight))
-
-    def _joint_images(self, images: int) -> int:
-        """How many images of a batch of this size are joint ones.
-
-        Without local learning all of them, where they are no more than those of a whole batch: the few images that end
-        an epoch would leave too few for BatchNorm in one of the parts, and hold no more memory together.
-        """
-        if self._joint.weight == 1 and images <= self._joint.images(self.profile.batch):
-            return images
-        return self._joint.images(images)
 
     def _run_joint(
         self,
@@ -740,11 +731,17 @@ class LocalLearner:
 
 def first_part(task: tasks.Task, batch: tuple[Any, ...], accumulate: int) -> tuple[Any, ...]:
     """The first of so many parts of a batch, which is the largest."""
-    return batch if accumulate == 1 else task.part(batch, *_parts(len(batch[0]), accumulate)[0])
+    return batch if accumulate == 1 else task.part(batch, *_parts(len(batch[0]), accumulate, len(batch[0]))[0])
 
 
-def _parts(images: int, accumulate: int) -> list[tuple[int, int]]:
-    """Where so many parts of a batch begin and end: as many as there are images at most, the larger ones first."""
+def _parts(images: int, accumulate: int, whole: int) -> list[tuple[int, int]]:
+    """Where so many parts of a batch begin and end: as many as there are images at most, the larger ones first.
+
+    A batch smaller than a whole one, as ends an epoch, has fewer parts, no larger than a whole one's: BatchNorm needs
+    images enough in each.
+    """
+    if images < whole:
+        accumulate = min(accumulate, math.ceil(images / math.ceil(whole / accumulate)))
     parts = max(1, min(accumulate, images))
     return list(itertools.pairwise(images - images * (parts - i) // parts for i in range(parts + 1)))
 

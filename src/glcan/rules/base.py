@@ -32,18 +32,23 @@ class Joint:
             1 there are no auxiliary networks, and the other images train the last block alone. In the last block every
             image counts as much.
         least: fewer images than this are none, since normalisation over the batch needs some; but with a weight of 1
-            there is always one at least, and a batch that ends an epoch with no more images than are joint in a whole
-            one is joint altogether.
+            there is always one at least.
     """
 
     share: float = 0.0
     weight: float = 0.5
     least: int = 2
 
-    def images(self, batch: int) -> int:
-        """How many images of a batch of this size are joint ones."""
+    def images(self, batch: int, whole: int | None = None) -> int:
+        """How many images of a batch of this size are joint ones.
+
+        With a weight of 1 all of them, where they are no more than the joint ones of a whole batch (of so many images):
+        the few that end an epoch hold no more memory together, and would be too few for normalisation in two parts.
+        """
         found = math.floor(self.share * batch)
         if self.weight == 1:
+            if whole is not None and batch <= self.images(whole):
+                return batch
             return max(1, found) if self.share else 0
         return found if found >= self.least else 0
 
