@@ -7,24 +7,32 @@ tensors of a metered step, and on CUDA the allocator's peak. Needs torch, torchv
     python benchmarks/memory_time.py                          # small sizes on a CPU, real sizes on a GPU
     python benchmarks/memory_time.py --models resnet50 --methods e2e checkpoint glcan:4     # the others' results stay
     python benchmarks/memory_time.py --plot benchmarks/results/memory_time_cpu.json     # draw it again
+
+On a GPU whose hours count, models can be planned side by side and measured one after the other:
+
+    for model in resnet50 retinanet; do python benchmarks/memory_time.py --models $model --lock /tmp/gpu.lock & done
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import functools
 import gc
+import itertools
 import json
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
@@ -44,27 +52,44 @@ class Case:
 
     Attributes:
         name, task, options: of the model, as `glcan.models.create` takes them.
-        small, real: batch, height and width, on a CPU and on a GPU.
+        small: batch, height and width, on a CPU.
+        real: the same, on a GPU: one at which a large one waits for its instructions, and one that needs its memory.
         methods: what takes turns.
+        real_methods: what takes turns beside them on a GPU.
     """
 
     name: str
     small: tuple[int, int, int]
-    real: tuple[int, int, int]
+    real: tuple[tuple[int, int, int], ...]
     options: dict[str, Any] = dataclasses.field(default_factory=lambda: {"num_classes": 1000})
     task: str = "classification"
     methods: tuple[str, ...] = METHODS
+    real_methods: tuple[str, ...] = ("e2e+accumulate:4",)
 
 
 MODELS = {
-    "resnet110": Case("cifar_resnet110", (32, 32, 32), (1024, 32, 32), {"num_classes": 10}),
-    "resnet50": Case("torchvision/resnet50", (8, 160, 160), (64, 224, 224)),
-    "resnet101": Case("torchvision/resnet101", (8, 160, 160), (64, 224, 224)),
-    "resnet152": Case("torchvision/resnet152", (4, 160, 160), (64, 224, 224)),
-    "vit_b_16": Case("torchvision/vit_b_16", (4, 224, 224), (64, 224, 224)),
-    "edsr_baseline": Case("edsr_baseline", (8, 48, 48), (16, 48, 48), {"scale": 2}, "super-resolution", OTHERS),
+    "resnet110": Case(
+        "cifar_resnet110",
+        (32, 32, 32),
+        ((1024, 32, 32), (4096, 32, 32)),
+        {"num_classes": 10},
+        real_methods=("e2e+accumulate:4", "glcan:16"),
+    ),
+    "resnet50": Case("torchvision/resnet50", (8, 160, 160), ((64, 224, 224), (512, 224, 224))),
+    "resnet101": Case("torchvision/resnet101", (8, 160, 160), ((64, 224, 224), (320, 224, 224))),
+    "resnet152": Case("torchvision/resnet152", (4, 160, 160), ((64, 224, 224), (256, 224, 224))),
+    "vit_b_16": Case("torchvision/vit_b_16", (4, 224, 224), ((64, 224, 224), (256, 224, 224))),
+    "edsr_baseline": Case(
+        "edsr_baseline", (8, 48, 48), ((16, 48, 48), (128, 96, 96)), {"scale": 2}, "super-resolution", OTHERS
+    ),
     "retinanet": Case(
-        "torchvision/retinanet_resnet50_fpn", (2, 256, 352), (8, 800, 1088), {"num_classes": 91}, "detection", OTHERS
+        "torchvision/retinanet_resnet50_fpn",
+        (2, 256, 352),
+        ((8, 800, 1088), (20, 800, 1088)),
+        {"num_classes": 91},
+        "detection",
+        OTHERS,
+        ("e2e+accumulate:4", "glcan:6"),
     ),
 }
 CPU_MODELS = ("resnet50", "resnet101", "vit_b_16", "resnet110", "edsr_baseline", "retinanet")
@@ -81,8 +106,9 @@ def main() -> None:
     parser.add_argument("--precisions", nargs="+", choices=("fp32", "bf16"), help="default: fp32; on CUDA both")
     parser.add_argument("--rounds", type=int, default=15, help="steps of each method (default: 15)")
     parser.add_argument("--seconds", type=float, default=240, help="at most, for a model (default: 240)")
-    parser.add_argument("--batch", type=int, help="default: the model's")
+    parser.add_argument("--batch", type=int, nargs="+", help="default: the model's")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    parser.add_argument("--lock", type=Path, help="measure only while this lock is held; planning goes on without it")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/memory_time_DEVICE.json")
     parser.add_argument("--plot", type=Path, metavar="JSON", help="only draw the plot of these results")
     options = parser.parse_args()
@@ -103,32 +129,46 @@ def main() -> None:
         },
         "models": [],
     }
-    if out.exists():
-        result["models"] = json.loads(out.read_text())["models"]
     for name in options.models or (MODELS if cuda else CPU_MODELS):
-        for precision in options.precisions or (("fp32", "bf16") if cuda else ("fp32",)):
+        sizes = MODELS[name].real if cuda else (MODELS[name].small,)
+        if options.batch:
+            sizes = tuple((batch, *sizes[-1][1:]) for batch in options.batch)
+        precisions = options.precisions or (("fp32", "bf16") if cuda else ("fp32",))
+        for size, precision in itertools.product(sizes, precisions):
             try:
-                found = measure(name, precision, options)
+                found = measure(name, size, precision, options)
             except GlcanError as error:
                 print(error, file=sys.stderr)
                 sys.exit(2)
-            others = [m for m in result["models"] if (m["model"], m["precision"]) != (found["model"], precision)]
-            result["models"] = [*others, found]
-            out.parent.mkdir(parents=True, exist_ok=True)
-            out.write_text(json.dumps(result, indent=2) + "\n")
+            with held(options.lock):  # others may have written meanwhile
+                before = json.loads(out.read_text())["models"] if out.exists() else []
+                others = [m for m in before if place(m) != place(found)]
+                result["models"] = sorted([*others, found], key=place)
+                out.parent.mkdir(parents=True, exist_ok=True)
+                out.write_text(json.dumps(result, indent=2) + "\n")
     draw(result, out.with_suffix(".png"))
     print(f"wrote {out} and {out.with_suffix('.png')}")
 
 
-def measure(name: str, precision: str, options: argparse.Namespace) -> dict[str, Any]:
+def held(lock: Path | None) -> contextlib.AbstractContextManager[Any]:
+    """The lock, if there is one."""
+    return FileLock(lock) if lock else contextlib.nullcontext()
+
+
+def place(found: dict[str, Any]) -> tuple[int, list[int], str]:
+    """Where a model's results stand in the file: as in `MODELS`."""
+    where = [case.name for case in MODELS.values()].index(found["model"])
+    return where, [found["batch"], *found["image"]], found["precision"]
+
+
+def measure(name: str, size: tuple[int, int, int], precision: str, options: argparse.Namespace) -> dict[str, Any]:
     """All methods on one model."""
     case = MODELS[name]
     cuda = options.device.startswith("cuda")
-    batch, *size = case.real if cuda else case.small
-    batch = options.batch or batch
+    batch, *side = size
     torch.manual_seed(0)
     task = create_task(case.task)
-    sizes = {"min_size": min(size), "max_size": max(size)} if case.task == "detection" else {}
+    sizes = {"min_size": min(side), "max_size": max(side)} if case.task == "detection" else {}
     layout = torch.contiguous_format if name.startswith("vit") else torch.channels_last
     original = create(case.name, **case.options, **sizes).to(options.device, memory_format=layout)  # type: ignore[call-overload]
 
@@ -136,13 +176,33 @@ def measure(name: str, precision: str, options: argparse.Namespace) -> dict[str,
         values = torch.rand_like(tensor) if tensor.dim() > 2 else tensor  # images; else labels or boxes
         return values.to(options.device, memory_format=layout if tensor.dim() == 4 else torch.preserve_format)
 
-    sample = tree_map_only(torch.Tensor, ready, task.example(batch, 3, (size[0], size[1])))
-    print(f"{case.name}, batch {batch} at {size[0]}x{size[1]} px, {precision}", flush=True)
+    sample = tree_map_only(torch.Tensor, ready, task.example(batch, 3, (side[0], side[1])))
+    methods = options.methods or case.methods + (case.real_methods if cuda else ())
+    learners = {method: build(copy.deepcopy(original), case.task, sample, method, precision) for method in methods}
+    with held(options.lock):
+        print(f"{case.name}, batch {batch} at {side[0]}x{side[1]} px, {precision}", flush=True)
+        rows = take_turns(learners, sample, options)
+        del learners
+        gc.collect()
+        if cuda:
+            torch.cuda.empty_cache()  # others may wait for it
+    return {
+        "model": case.name,
+        "batch": batch,
+        "image": side,
+        "precision": precision,
+        "methods": rows,
+    }
 
+
+def take_turns(
+    learners: dict[str, LocalLearner], sample: tuple[Any, ...], options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Memory of each learner, and the time of steps in turn."""
+    cuda = options.device.startswith("cuda")
     steps: dict[str, Callable[[], Any]] = {}
     rows: dict[str, dict[str, Any]] = {}
-    for method in options.methods or case.methods:
-        learner = build(copy.deepcopy(original), case.task, sample, method, precision)
+    for method, learner in learners.items():
         cost = measure_step(learner, *sample)
         rows[method] = {
             "method": method,
@@ -192,13 +252,7 @@ def measure(name: str, precision: str, options: argparse.Namespace) -> dict[str,
             f"{row['peak_bytes'] / 2**20:8.1f} MiB ({versus['peak_ratio']:.2f}x)  FLOPs {versus['flops_ratio']:.2f}x",
             flush=True,
         )
-    return {
-        "model": case.name,
-        "batch": batch,
-        "image": size,
-        "precision": precision,
-        "methods": list(rows.values()),
-    }
+    return list(rows.values())
 
 
 def kept(learner: LocalLearner) -> list[torch.Tensor]:
@@ -245,8 +299,13 @@ def draw(result: dict[str, Any], path: Path) -> None:
         print("matplotlib is not installed, so there is no plot; run again with --plot where it is", file=sys.stderr)
         return
     models = result["models"]
-    figure = Figure(figsize=(4.6 * len(models), 4.6), layout="constrained")
-    for axes, found in zip(figure.subplots(1, len(models), squeeze=False)[0], models, strict=True):
+    names = list(dict.fromkeys(found["model"] for found in models))
+    lines = max(Counter(found["model"] for found in models).values())
+    figure = Figure(figsize=(4.6 * len(names), 4.6 * lines), layout="constrained")
+    panels = figure.subplots(lines, len(names), squeeze=False)
+    free = {name: iter(panels[:, column]) for column, name in enumerate(names)}
+    for found in models:
+        axes = next(free[found["model"]])
         for i, row in enumerate(found["methods"]):
             versus = row["vs_e2e"]
             x, y = versus.get("cuda_peak_ratio", versus["peak_ratio"]), versus["time_ratio"]
@@ -281,6 +340,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
         axes.margins(y=0.15)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
+    for axes in itertools.chain.from_iterable(free.values()):
+        axes.set_axis_off()
     figure.suptitle(f"lower and further left is better; {result['environment']['device']}", fontsize="small")
     figure.savefig(path, dpi=110)
 

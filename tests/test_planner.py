@@ -93,6 +93,17 @@ def test_bfloat16_needs_less() -> None:
     assert half.cost.activation_peak_bytes < 0.75 * full.cost.activation_peak_bytes
 
 
+def test_a_model_of_another_type_is_planned_as_it_is() -> None:
+    """Auxiliary networks are made as the model is: on its device, with its type."""
+    sample = (torch.rand(8, 3, 32, 32, dtype=torch.float64), torch.zeros(8, dtype=torch.int64))
+    model = create("cifar_resnet20", num_classes=10).double()
+    options: dict[str, Any] = {"blocks": 4, "rule_options": {"joint": 0.0}, "optimizer": OPTIMIZER}
+    predicted = glcan.plan(model, sample=sample, baselines=(), **options).cost
+    learner = LocalLearner(model, sample=sample, **options)
+    assert {p.dtype for p in learner.auxiliary.parameters()} == {torch.float64}
+    assert predicted.peak_bytes == measure_step(learner, *sample).peak_bytes
+
+
 def test_planning_changes_nothing() -> None:
     network = MODELS["resnet"]()
     before = copy.deepcopy(network.state_dict())

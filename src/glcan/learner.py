@@ -192,7 +192,7 @@ class LocalLearner:
         if like is not None and any(
             p.device != like.device or p.dtype != like.dtype for p in self.auxiliary.parameters()
         ):
-            self.auxiliary.to(device=like.device, dtype=like.dtype)
+            _move(self.auxiliary, like)
         self.auxiliary.train(model.training)
         self._own, self._shared = self._ownership()
         self._isolation = Isolation(
@@ -744,6 +744,27 @@ def _parts(images: int, accumulate: int, whole: int) -> list[tuple[int, int]]:
         accumulate = min(accumulate, math.ceil(images / math.ceil(whole / accumulate)))
     parts = max(1, min(accumulate, images))
     return list(itertools.pairwise(images - images * (parts - i) // parts for i in range(parts + 1)))
+
+
+def _move(module: nn.Module, like: Tensor) -> None:
+    """Parameters and buffers of a module that has just been made, to another tensor's device and type. Ties stay.
+
+    Not `nn.Module.to`: it swaps fake tensors with those that it makes, and fails where something has a weak reference.
+    """
+    moved: dict[Tensor, Tensor] = {}
+
+    def there(tensor: Tensor) -> Tensor:
+        return tensor.detach().to(like.device, like.dtype if tensor.is_floating_point() else None)
+
+    for owner in module.modules():
+        for name, parameter in owner._parameters.items():
+            if parameter is not None:
+                if parameter not in moved:
+                    moved[parameter] = nn.Parameter(there(parameter), parameter.requires_grad)
+                owner._parameters[name] = moved[parameter]  # type: ignore[assignment]
+        for name, buffer in owner._buffers.items():
+            if buffer is not None:
+                owner._buffers[name] = moved.setdefault(buffer, there(buffer))
 
 
 def _no_autocast(like: Tensor) -> contextlib.AbstractContextManager[Any]:

@@ -48,12 +48,15 @@ def networks(learner: LocalLearner) -> list[DetectionAuxiliary]:
     return found
 
 
-@pytest.mark.parametrize(("anchors", "together"), [(1, 0), (7, 0), (10**6, 0), (10**6, 10**9)])
+@pytest.mark.parametrize(
+    ("anchors", "share", "together"), [(1, 10**9, 0), (7, 10**9, 0), (1, 5, 0), (10**6, 1, 0), (10**6, 1, 10**9)]
+)
 @pytest.mark.parametrize("name", SMALL)
 def test_losses_in_parts_are_the_losses(
-    name: str, anchors: int, together: int, monkeypatch: pytest.MonkeyPatch
+    name: str, anchors: int, share: int, together: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(detection, "_PART", anchors * 4)  # four classes
+    monkeypatch.setattr(detection, "_SHARE", share)
     monkeypatch.setattr(detection, "_TOGETHER", together)
     model = detector(name).double()
     parameters = list(model.parameters())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -19,7 +20,8 @@ from glcan.errors import ConfigError, DataError
 from glcan.isolation import tensors_in
 from glcan.tasks.base import Task
 
-_PART = 2**22  # predictions for which the losses are computed at a time: 16 MiB of them
+_PART = 2**22  # predictions for which the losses are computed at a time, at least: 16 MiB of them
+_SHARE = 4  # ... or this part of a batch's: each has some two hundred small operations, for which a GPU waits
 _TOGETHER = 2**17  # predictions of a whole batch for which they are computed at once: 0.5 MiB of them
 _EXAMPLE_BOXES = 7  # of an image; COCO's have 7.3 on average
 
@@ -208,7 +210,8 @@ class _InParts(torch.autograd.Function):
         ctx.gradients = [torch.zeros_like(o, dtype=dtype) for o, dtype in zip(outputs, wide, strict=True)]
         images, anchors = outputs[0].shape[:2]
         widest = max(o.shape[-1] for o in outputs)
-        step = max(1, _PART // widest)
+        most = max(_PART, images * anchors * widest // _SHARE)
+        step = max(1, math.ceil(anchors / math.ceil(anchors * widest / most)) if anchors else 1)
         together = images * anchors * widest <= min(_PART, _TOGETHER)
         losses: list[Tensor] = []
         for image in [None] if together else range(images):

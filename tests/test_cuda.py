@@ -1,0 +1,208 @@
+"""On a CUDA device: what the CPU computes, as much memory as was planned, and runs that stop and go on.
+
+All of it is skipped where there is no such device.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import os
+import signal
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.zoo import gradients
+from torch import Tensor, nn
+from torch.optim import SGD
+from torch.testing import assert_close
+from torch.utils._pytree import tree_map_only
+
+import glcan
+from glcan import LocalLearner, measure_step
+from glcan.data import scenes
+from glcan.models import create
+from glcan.tasks import create as create_task
+from glcan.training import RunConfig, train
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+# task -> model, batch, image side
+MODELS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
+    "classification": (partial(create, "cifar_resnet20", num_classes=10), 16, 32),
+    "detection": (partial(create, "fcos_small", num_classes=4, image_size=64, width=8, channels=32), 4, 64),
+    "super-resolution": (partial(create, "edsr_baseline", scale=2, blocks=6, channels=8), 4, 24),
+}
+METHODS: dict[str, dict[str, Any]] = {
+    "e2e": {"rule": "e2e"},
+    "checkpoint": {"rule": "checkpoint"},
+    "accumulate": {"rule": "e2e", "accumulate": 2},
+    "glcan": {"blocks": 4},
+    "glcan-joint-0": {"blocks": 4, "rule_options": {"joint": 0.0}},
+}
+MOMENTUM = partial(SGD, lr=1e-3, momentum=0.9)
+
+
+@pytest.fixture(autouse=True)
+def _exact(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    yield
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def to(device: str, batch: Any) -> Any:
+    return tree_map_only(Tensor, lambda tensor: tensor.to(device), batch)
+
+
+def sample_of(task: str, batch: int, side: int, dtype: torch.dtype) -> tuple[Any, ...]:
+    def drawn(tensor: Tensor) -> Tensor:
+        return torch.rand_like(tensor, dtype=dtype) if tensor.is_floating_point() and tensor.dim() > 2 else tensor
+
+    return tree_map_only(Tensor, drawn, create_task(task).example(batch, 3, (side, side)))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("task", MODELS)
+def test_gradients_are_those_of_the_cpu(task: str, method: str) -> None:
+    build, batch, side = MODELS[task]
+    model = build().double().train()
+    sample = sample_of(task, batch, side, torch.float64)
+    here = LocalLearner(copy.deepcopy(model), task, sample, **METHODS[method])
+    there = LocalLearner(copy.deepcopy(model).cuda(), task, to("cuda", sample), **METHODS[method])
+    assert there.plan.cuts == here.plan.cuts
+    there.auxiliary.load_state_dict(here.auxiliary.state_dict())
+    assert all(p.is_cuda for p in there.auxiliary.parameters())
+    losses, found = here.backward(*sample), there.backward(*to("cuda", sample))
+    close = partial(assert_close, rtol=1e-8, atol=1e-10)
+    close(to("cpu", found), losses)
+    close(to("cpu", gradients(there.model)), gradients(here.model))
+    close(to("cpu", gradients(there.auxiliary)), gradients(here.auxiliary))
+
+
+@pytest.mark.parametrize("precision", [None, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("method", METHODS)
+def test_the_peak_is_planned_and_is_the_allocators(method: str, precision: torch.dtype | None) -> None:
+    options = METHODS[method] | {"optimizer": MOMENTUM, "autocast": precision}
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    sample = to("cuda", sample_of("classification", 32, 128, torch.float32))
+    model = create("torchvision/resnet50", num_classes=1000).cuda()
+    planned = glcan.plan(model, sample=sample, baselines=(), **options).cost
+    learner = LocalLearner(model, sample=sample, **options)
+    measured = measure_step(learner, *sample)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    learner.step(*sample)
+    allocated = torch.cuda.max_memory_allocated() - before
+    assert planned.peak_bytes == pytest.approx(measured.peak_bytes, rel=0.01)
+    # blocks are rounded up, and convolutions have workspaces
+    assert 0.98 <= allocated / measured.peak_bytes < 1.25
+
+
+def test_blocks_need_less_of_the_allocator_than_end_to_end() -> None:
+    peaks = {}
+    sample = to("cuda", sample_of("classification", 64, 128, torch.float32))
+    for method in ("e2e", "glcan"):
+        learner = LocalLearner(
+            create("torchvision/resnet50", num_classes=1000).cuda(),
+            sample=sample,
+            optimizer=MOMENTUM,
+            **METHODS[method],
+        )
+        learner.step(*sample)
+        torch.cuda.reset_peak_memory_stats()
+        learner.step(*sample)
+        peaks[method] = torch.cuda.max_memory_allocated()
+        del learner
+        gc.collect()
+    assert peaks["glcan"] < 0.6 * peaks["e2e"]
+
+
+def test_flops_are_counted_as_on_a_cpu() -> None:
+    model = create("torchvision/vit_b_16", num_classes=10, image_size=64)
+    counted = []
+    for device in ("cpu", "cuda"):
+        sample = to(device, sample_of("classification", 4, 64, torch.float32))
+        learner = LocalLearner(copy.deepcopy(model).to(device), sample=sample, rule="e2e", optimizer=MOMENTUM)
+        counted.append(measure_step(learner, *sample).flops)
+    assert counted[0] == counted[1]
+
+
+def test_auto_is_what_the_device_has() -> None:
+    sample = to("cuda", sample_of("classification", 16, 32, torch.float32))
+    model = create("cifar_resnet20", num_classes=10).cuda()
+    learner = LocalLearner(model, sample=sample, memory="auto", optimizer=MOMENTUM)
+    assert learner.plan.blocks == 1  # it all fits
+    assert all(torch.isfinite(loss) for loss in learner.step(*sample).values())
+
+
+def test_float16_with_a_scaler() -> None:
+    sample = to("cuda", sample_of("classification", 16, 32, torch.float32))
+    model = create("cifar_resnet20", num_classes=10).cuda()
+    learner = LocalLearner(model, sample=sample, blocks=4, autocast=torch.float16)
+    scaler = torch.amp.GradScaler("cuda")
+    optimizer = SGD(learner.parameters(), lr=0.01)
+    before = copy.deepcopy(model.state_dict())
+    for _ in range(3):
+        optimizer.zero_grad()
+        learner.backward(*sample, scaler=scaler)
+        scaler.step(optimizer)
+        scaler.update()
+    assert any(not torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert all(torch.isfinite(value).all() for value in model.state_dict().values())
+
+
+RUNS: dict[str, dict[str, Any]] = {
+    "classification": {"model": "cifar_resnet20", "limit": 96, "val": 40, "batch": 32, "epochs": 2, "lr": 0.05},
+    "classification-bf16": {"limit": 96, "val": 40, "batch": 32, "epochs": 2, "precision": "bf16"},
+    "detection": {
+        "task": "detection",
+        "model_options": {"width": 8, "channels": 32},
+        "image_size": 64,
+        "limit": 12,
+        "val": 6,
+        "batch": 4,
+        "epochs": 2,
+    },
+    "super-resolution": {
+        "task": "super-resolution",
+        "model_options": {"blocks": 4, "channels": 8},
+        "crops": 2,
+        "patch": 24,
+        "batch": 8,
+        "epochs": 2,
+    },
+}
+
+
+@pytest.mark.parametrize("rule", ["glcan", "checkpoint"])
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_stops_and_goes_on(name: str, rule: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    defaults = scenes.Scenes.__init__.__kwdefaults__ | {"train": 24, "test": 6}
+    monkeypatch.setattr(scenes.Scenes.__init__, "__kwdefaults__", defaults)
+    blocks = 4 if rule == "glcan" else None
+    config = RunConfig(**RUNS[name] | {"rule": rule, "blocks": blocks, "device": "auto"})
+    whole = train(config, tmp_path / "whole", progress=False)
+    assert whole.peak_bytes > 0
+    step, taken = LocalLearner.step, 0
+
+    def stopping(self: LocalLearner, *batch: Any) -> Any:
+        nonlocal taken
+        taken += 1
+        if taken == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, *batch)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(LocalLearner, "step", stopping)
+        train(config, tmp_path / "parts", progress=False)
+    parts = train(config, tmp_path / "parts", resume=True, progress=False)
+    assert parts.steps == whole.steps
+    # Some kernels add in whatever order their threads arrive.
+    for name, loss in whole.train_loss.items():
+        assert parts.train_loss[name] == pytest.approx(loss, rel=1e-3)
