@@ -123,10 +123,7 @@ def main() -> None:
         "benchmark": "peak memory against step time",
         "optimizer": "SGD, momentum 0.9",
         "memory_format": "channels_last for convolutional networks",
-        "environment": {
-            "torch": torch.__version__,
-            "device": torch.cuda.get_device_name() if cuda else f"cpu, {torch.get_num_threads()} threads",
-        },
+        "environment": {"torch": torch.__version__, "device": device_name(options.device)},
         "models": [],
     }
     for name in options.models or (MODELS if cuda else CPU_MODELS):
@@ -191,8 +188,14 @@ def measure(name: str, size: tuple[int, int, int], precision: str, options: argp
         "batch": batch,
         "image": side,
         "precision": precision,
+        "device": device_name(options.device),
         "methods": rows,
     }
+
+
+def device_name(device: str) -> str:
+    """What the times are of."""
+    return torch.cuda.get_device_name() if device.startswith("cuda") else f"cpu, {torch.get_num_threads()} threads"
 
 
 def take_turns(
@@ -329,7 +332,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
                 fontsize="x-small",
             )
         axes.set_title(
-            f"{found['model']}, batch {found['batch']} at {found['image'][0]} px, {found['precision']}",
+            f"{found['model']}, {found['precision']}\nbatch {found['batch']} at {found['image'][0]} px",
             fontsize="small",
         )
         axes.set_xlabel("peak memory / end-to-end")
@@ -342,7 +345,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     for axes in itertools.chain.from_iterable(free.values()):
         axes.set_axis_off()
-    figure.suptitle(f"lower and further left is better; {result['environment']['device']}", fontsize="small")
+    devices = dict.fromkeys(found.get("device", result["environment"]["device"]) for found in models)
+    figure.suptitle(f"lower and further left is better; {', '.join(devices)}", fontsize="small")
     figure.savefig(path, dpi=110)
 
 
