@@ -38,6 +38,7 @@ from torch.utils._pytree import tree_map_only
 
 from glcan import LocalLearner, measure_step
 from glcan.errors import GlcanError
+from glcan.isolation import tensors_in
 from glcan.models import create
 from glcan.tasks import create as create_task
 
@@ -93,7 +94,7 @@ MODELS = {
     ),
 }
 CPU_MODELS = ("resnet50", "resnet101", "vit_b_16", "resnet110", "edsr_baseline", "retinanet")
-MARKERS = {"e2e": "o", "checkpoint": "s", "checkpoint-sqrt": "D", "e2e+accumulate:2": "v"}
+MARKERS = {"e2e": "o", "checkpoint": "s", "checkpoint-sqrt": "D", "e2e+accumulate:2": "v", "e2e+accumulate:4": "v"}
 WARM_UP = 2
 
 
@@ -221,7 +222,7 @@ def take_turns(
             # all learners stay for the timing: what the others hold is not this one's
             gc.collect()
             before = torch.cuda.memory_allocated()
-            own = sum(t.numel() * t.element_size() for t in kept(learner))
+            own = sum(t.numel() * t.element_size() for t in (*kept(learner), *tensors_in(sample)))
             torch.cuda.reset_peak_memory_stats()
             learner.step(*sample)
             rows[method]["cuda_peak_bytes"] = torch.cuda.max_memory_allocated() - before + own

@@ -21,7 +21,7 @@ from glcan.isolation import tensors_in
 from glcan.tasks.base import Task
 
 _PART = 2**22  # predictions for which the losses are computed at a time, at least: 16 MiB of them
-_SHARE = 4  # ... or this part of a batch's: each has some two hundred small operations, for which a GPU waits
+_SHARE = 4  # ... or this part of a batch's: each part has a hundred kernels, and a GPU waits for nine of them
 _TOGETHER = 2**17  # predictions of a whole batch for which they are computed at once: 0.5 MiB of them
 _EXAMPLE_BOXES = 7  # of an image; COCO's have 7.3 on average
 
