@@ -529,7 +529,7 @@ def cost_plot(plan: Plan, rows: list[dict[str, Any]]) -> Figure:
                 scale * row["mean"],
                 yerr=None if row["std"] is None else scale * row["std"],
                 color=COLOURS[i % len(COLOURS)],
-                marker=MARKERS[i % len(MARKERS)],
+                marker=MARKERS[(i + i // len(COLOURS)) % len(MARKERS)],  # another one where colours begin again
                 markerfacecolor="none" if row["blocks"] == most else None,
                 markersize=8,
                 capsize=3,
@@ -558,7 +558,7 @@ def probe_plot(plan: Plan, rows: list[dict[str, Any]]) -> Figure:
                 range(1, blocks + 1),
                 [100 * value for value in accuracies],
                 color=COLOURS[i % len(COLOURS)],
-                marker=MARKERS[i % len(MARKERS)],
+                marker=MARKERS[(i + i // len(COLOURS)) % len(MARKERS)],  # another one where colours begin again
                 markersize=4,
                 label=row["entry"],
             )
