@@ -49,7 +49,7 @@ from glcan.errors import GlcanError
 from glcan.report.compare import DEFAULT_START
 from glcan.report.costs import FINISH as LAST
 from glcan.report.costs import averaged, config_of, enter, phases
-from glcan.report.plots import COLOURS, MARKERS
+from glcan.report.plots import look
 from glcan.sizes import format_bytes, format_scaled
 from glcan.training import MEASURES, RunConfig, build, environment, load_data, load_model, train
 from glcan.training.run import write_json
@@ -528,8 +528,7 @@ def cost_plot(plan: Plan, rows: list[dict[str, Any]]) -> Figure:
                 row[name] / base[name],
                 scale * row["mean"],
                 yerr=None if row["std"] is None else scale * row["std"],
-                color=COLOURS[i % len(COLOURS)],
-                marker=MARKERS[(i + i // len(COLOURS)) % len(MARKERS)],  # another one where colours begin again
+                **look(i),
                 markerfacecolor="none" if row["blocks"] == most else None,
                 markersize=8,
                 capsize=3,
@@ -557,8 +556,7 @@ def probe_plot(plan: Plan, rows: list[dict[str, Any]]) -> Figure:
             axes.plot(
                 range(1, blocks + 1),
                 [100 * value for value in accuracies],
-                color=COLOURS[i % len(COLOURS)],
-                marker=MARKERS[(i + i // len(COLOURS)) % len(MARKERS)],  # another one where colours begin again
+                **look(i),
                 markersize=4,
                 label=row["entry"],
             )

@@ -1,17 +1,11 @@
-"""On a CUDA device: what the CPU computes, as much memory as was planned, and runs that stop and go on.
-
-All of it is skipped where there is no such device.
-"""
+"""On a CUDA device: what the CPU computes, and as much memory as was planned. Skipped where there is no such device."""
 
 from __future__ import annotations
 
 import copy
 import gc
-import os
-import signal
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,10 +18,8 @@ from torch.utils._pytree import tree_map_only
 
 import glcan
 from glcan import LocalLearner, measure_step
-from glcan.data import scenes
 from glcan.models import create
 from glcan.tasks import create as create_task
-from glcan.training import RunConfig, train
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -156,54 +148,3 @@ def test_float16_with_a_scaler() -> None:
         scaler.update()
     assert any(not torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert all(torch.isfinite(value).all() for value in model.state_dict().values())
-
-
-RUNS: dict[str, dict[str, Any]] = {
-    "classification": {"model": "cifar_resnet20", "limit": 96, "val": 40, "batch": 32, "epochs": 2, "lr": 0.05},
-    "classification-bf16": {"limit": 96, "val": 40, "batch": 32, "epochs": 2, "precision": "bf16"},
-    "detection": {
-        "task": "detection",
-        "model_options": {"width": 8, "channels": 32},
-        "image_size": 64,
-        "limit": 12,
-        "val": 6,
-        "batch": 4,
-        "epochs": 2,
-    },
-    "super-resolution": {
-        "task": "super-resolution",
-        "model_options": {"blocks": 4, "channels": 8},
-        "crops": 2,
-        "patch": 24,
-        "batch": 8,
-        "epochs": 2,
-    },
-}
-
-
-@pytest.mark.parametrize("rule", ["glcan", "checkpoint"])
-@pytest.mark.parametrize("name", RUNS)
-def test_a_run_stops_and_goes_on(name: str, rule: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    defaults = scenes.Scenes.__init__.__kwdefaults__ | {"train": 24, "test": 6}
-    monkeypatch.setattr(scenes.Scenes.__init__, "__kwdefaults__", defaults)
-    blocks = 4 if rule == "glcan" else None
-    config = RunConfig(**RUNS[name] | {"rule": rule, "blocks": blocks, "device": "auto"})
-    whole = train(config, tmp_path / "whole", progress=False)
-    assert whole.peak_bytes > 0
-    step, taken = LocalLearner.step, 0
-
-    def stopping(self: LocalLearner, *batch: Any) -> Any:
-        nonlocal taken
-        taken += 1
-        if taken == 4:
-            os.kill(os.getpid(), signal.SIGINT)
-        return step(self, *batch)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(LocalLearner, "step", stopping)
-        train(config, tmp_path / "parts", progress=False)
-    parts = train(config, tmp_path / "parts", resume=True, progress=False)
-    assert parts.steps == whole.steps
-    # Some kernels add in whatever order their threads arrive.
-    for name, loss in whole.train_loss.items():
-        assert parts.train_loss[name] == pytest.approx(loss, rel=1e-3)

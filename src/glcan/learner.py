@@ -189,9 +189,7 @@ class LocalLearner:
             }
         )
         like = next((p for p in model.parameters() if p.is_floating_point()), None)
-        if like is not None and any(
-            p.device != like.device or p.dtype != like.dtype for p in self.auxiliary.parameters()
-        ):
+        if like is not None:
             _move(self.auxiliary, like)
         self.auxiliary.train(model.training)
         self._own, self._shared = self._ownership()
@@ -752,19 +750,15 @@ def _move(module: nn.Module, like: Tensor) -> None:
     Not `nn.Module.to`: it swaps fake tensors with those that it makes, and fails where something has a weak reference.
     """
     moved: dict[Tensor, Tensor] = {}
-
-    def there(tensor: Tensor) -> Tensor:
-        return tensor.detach().to(like.device, like.dtype if tensor.is_floating_point() else None)
-
     for owner in module.modules():
-        for name, parameter in owner._parameters.items():
-            if parameter is not None:
-                if parameter not in moved:
-                    moved[parameter] = nn.Parameter(there(parameter), parameter.requires_grad)
-                owner._parameters[name] = moved[parameter]  # type: ignore[assignment]
-        for name, buffer in owner._buffers.items():
-            if buffer is not None:
-                owner._buffers[name] = moved.setdefault(buffer, there(buffer))
+        own = (owner.named_parameters(recurse=False, remove_duplicate=False), owner.named_buffers(recurse=False))
+        for name, tensor in [*own[0], *own[1]]:
+            there = tensor.detach().to(like.device, like.dtype if tensor.is_floating_point() else None)
+            if (there.device, there.dtype) == (tensor.device, tensor.dtype):
+                continue  # it may be the model's own
+            if tensor not in moved:
+                moved[tensor] = nn.Parameter(there, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else there
+            setattr(owner, name, moved[tensor])
 
 
 def _no_autocast(like: Tensor) -> contextlib.AbstractContextManager[Any]:

@@ -18,6 +18,15 @@ COLOURS = ("#000000", "#E69F00", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#5
 MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
 DASHES = ("-", "--", "-.", ":")
 
+
+def look(index: int) -> dict[str, str]:
+    """Colour and marker of what is drawn as number ``index``; another marker where the colours begin again."""
+    return {
+        "color": COLOURS[index % len(COLOURS)],
+        "marker": MARKERS[(index + index // len(COLOURS)) % len(MARKERS)],
+    }
+
+
 OVER_EPOCHS = "metric_over_epochs.png"
 AGAINST_COST = "metric_against_cost.png"
 
@@ -38,13 +47,13 @@ def over_epochs(comparison: Comparison) -> Figure:
     for i, method in enumerate(comparison["methods"]):
         epochs = method["curve"]["epochs"]
         values = metric_scale(curve["unit"]) * np.array(method["curve"]["values"])  # [seeds, epochs]
-        colour = COLOURS[i % len(COLOURS)]
+        colour, marker = look(i).values()
         axes.plot(
             epochs,
             values.mean(0),
             color=colour,
             linestyle=DASHES[i % len(DASHES)],
-            marker=MARKERS[i % len(MARKERS)] if len(epochs) <= 40 else None,
+            marker=marker if len(epochs) <= 40 else None,
             markersize=4,
             label=method["name"],
         )
@@ -78,8 +87,7 @@ def against_cost(comparison: Comparison) -> Figure:
                 x,
                 scale * method["metric"]["mean"],
                 yerr=None if std is None else scale * std,
-                color=COLOURS[i % len(COLOURS)],
-                marker=MARKERS[i % len(MARKERS)],
+                **look(i),
                 markersize=9,
                 markerfacecolor="none",  # what lies below stays visible
                 markeredgewidth=2,

@@ -211,12 +211,12 @@ class _InParts(torch.autograd.Function):
         images, anchors = outputs[0].shape[:2]
         widest = max(o.shape[-1] for o in outputs)
         most = max(_PART, images * anchors * widest // _SHARE)
-        step = max(1, math.ceil(anchors / math.ceil(anchors * widest / most)) if anchors else 1)
+        step = max(1, math.ceil(anchors / max(1, math.ceil(anchors * widest / most))))
         together = images * anchors * widest <= min(_PART, _TOGETHER)
         losses: list[Tensor] = []
         for image in [None] if together else range(images):
             rows = slice(None) if image is None else slice(image, image + 1)
-            for start in range(0, anchors, max(1, anchors) if together else step):
+            for start in range(0, anchors, step):
                 some = slice(start, start + step)
                 with torch.enable_grad():
                     mine = [
