@@ -79,6 +79,7 @@ def main() -> None:
     parser.add_argument("--data-root", type=Path, help="where the data set is (default: where glcan finds it)")
     parser.add_argument("--device", help="default: the first GPU, else the CPU")
     parser.add_argument("--channels-last", action="store_true", default=None, help="doubles the speed on CPUs")
+    parser.add_argument("--cuda-graph", action="store_true", default=None, help="record steps: for GPUs that wait")
     parser.add_argument("--out", type=Path, help="where the runs go, and are continued (default: runs/NAME)")
     parser.add_argument("--results", type=Path, help="default: benchmarks/results/NAME")
     parser.add_argument("--share-exact", action="store_true", help="do not train checkpointing, only meter it")
@@ -89,7 +90,18 @@ def main() -> None:
     methods, seeds = options.methods or list(chosen.methods), options.seeds or list(chosen.seeds)
     out = options.out or Path("runs") / options.name
     results = options.results or RESULTS / options.name
-    names = ("epochs", "batch", "lr", "start", "precision", "limit", "data_root", "device", "channels_last")
+    names = (
+        "epochs",
+        "batch",
+        "lr",
+        "start",
+        "precision",
+        "limit",
+        "data_root",
+        "device",
+        "channels_last",
+        "cuda_graph",
+    )
     changes = {name: value for name in names if (value := getattr(options, name)) is not None}
     try:
         if options.rule_option:

@@ -52,6 +52,7 @@ from glcan.report.costs import averaged, config_of, enter, phases
 from glcan.report.plots import look
 from glcan.sizes import format_bytes, format_scaled
 from glcan.training import MEASURES, RunConfig, build, environment, load_data, load_model, train
+from glcan.training.config import PLACE_FIELDS
 from glcan.training.run import write_json
 from glcan.training.trainer import to_device
 
@@ -226,10 +227,11 @@ class Plan:
         name, bench: of the bench.
         results: folder of its JSON files.
         runs: folder of the run directories.
+        place: settings of all runs that change no result, see `PLACE_FIELDS`.
     """
 
-    def __init__(self, name: str, bench: Bench, results: Path, runs: Path, device: str) -> None:
-        self.name, self.bench, self.results, self.runs, self.device = name, bench, results, runs, device
+    def __init__(self, name: str, bench: Bench, results: Path, runs: Path, place: dict[str, Any]) -> None:
+        self.name, self.bench, self.results, self.runs, self.place = name, bench, results, runs, place
         self.rows = [
             (entry, blocks)
             for entry in bench.entries
@@ -274,9 +276,9 @@ class Plan:
             accumulate=entry.accumulate,
             lr=rate,
             seed=seed,
-            device=self.device,
+            **self.place,
         )
-        what = config.model_dump(mode="json", exclude={"device", "data_root", "workers", "download"})
+        what = config.model_dump(mode="json", exclude=set(PLACE_FIELDS))
         # What is off may be newer than a run's file.
         what = {name: value for name, value in what.items() if value and value != OFF.get(name)}
         digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]
@@ -579,6 +581,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, help="default: the bench's")
     parser.add_argument("--jobs", type=int, help="runs side by side; default: CPUs, or 1 on a GPU")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--cuda-graph", action="store_true", help="record steps: for GPUs that wait for Python")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results (default: %(default)s)")
     parser.add_argument("--runs", type=Path, default=Path("runs/localbench"), help="default: %(default)s")
     parser.add_argument("--table", action="store_true", help="train nothing: tables and plots of what is there")
@@ -587,14 +590,13 @@ def main() -> None:
         if name not in BENCHES:
             parser.error(f"there is no bench {name!r}; choose from {', '.join(BENCHES)}")
     console = Console(stderr=True)
+    place = {"device": options.device, "cuda_graph": options.cuda_graph}
     jobs = options.jobs or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
     for name in options.bench or BENCHES:
         bench = quick(name) if options.quick else BENCHES[name]
         try:
             bench = dataclasses.replace(bench, **dict(_chosen(bench, options)))
-            plan = Plan(
-                name, bench, options.out / name, options.runs / ("quick" if options.quick else ""), options.device
-            )
+            plan = Plan(name, bench, options.out / name, options.runs / ("quick" if options.quick else ""), place)
             if not options.table:
                 work(plan.choices(), jobs, f"{name}, learning rates", console)
                 work(plan.final(), jobs, name, console)

@@ -108,6 +108,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15, help="steps of each method (default: 15)")
     parser.add_argument("--seconds", type=float, default=240, help="at most, for a model (default: 240)")
     parser.add_argument("--batch", type=int, nargs="+", help="default: the model's")
+    parser.add_argument("--cuda-graph", action="store_true", help="record the steps of all methods")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--lock", type=Path, help="measure only while this lock is held; planning goes on without it")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/memory_time_DEVICE.json")
@@ -119,9 +120,10 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     cuda = options.device.startswith("cuda")
-    out = options.out or RESULTS / f"memory_time_{'cuda' if cuda else 'cpu'}.json"
+    what = "cuda_graph" if options.cuda_graph else "cuda" if cuda else "cpu"
+    out = options.out or RESULTS / f"memory_time_{what}.json"
     result: dict[str, Any] = {
-        "benchmark": "peak memory against step time",
+        "benchmark": "peak memory against step time" + (", steps as CUDA graphs" if options.cuda_graph else ""),
         "optimizer": "SGD, momentum 0.9",
         "memory_format": "channels_last for convolutional networks",
         "environment": {"torch": torch.__version__, "device": device_name(options.device)},
@@ -130,7 +132,7 @@ def main() -> None:
     for name in options.models or (MODELS if cuda else CPU_MODELS):
         sizes = MODELS[name].real if cuda else (MODELS[name].small,)
         if options.batch:
-            sizes = tuple((batch, *sizes[-1][1:]) for batch in options.batch)
+            sizes = tuple(next((s for s in sizes if s[0] == n), (n, *sizes[-1][1:])) for n in options.batch)
         precisions = options.precisions or (("fp32", "bf16") if cuda else ("fp32",))
         for size, precision in itertools.product(sizes, precisions):
             try:
@@ -177,6 +179,8 @@ def measure(name: str, size: tuple[int, int, int], precision: str, options: argp
     sample = tree_map_only(torch.Tensor, ready, task.example(batch, 3, (side[0], side[1])))
     methods = options.methods or case.methods + (case.real_methods if cuda else ())
     learners = {method: build(copy.deepcopy(original), case.task, sample, method, precision) for method in methods}
+    for learner in learners.values():
+        learner.cuda_graph = options.cuda_graph
     with held(options.lock):
         print(f"{case.name}, batch {batch} at {side[0]}x{side[1]} px, {precision}", flush=True)
         rows = take_turns(learners, sample, options)
@@ -228,6 +232,11 @@ def take_turns(
             rows[method]["cuda_peak_bytes"] = torch.cuda.max_memory_allocated() - before + own
         steps[method] = functools.partial(learner.step, *sample)
 
+    if options.cuda_graph:
+        for method, step in steps.items():
+            reserved = _reserved()
+            step()
+            rows[method]["graph_bytes"] = _reserved() - reserved
     seconds: dict[str, list[float]] = {method: [] for method in steps}
     start = time.monotonic()
     for i in range(options.rounds + WARM_UP):
@@ -257,6 +266,13 @@ def take_turns(
             flush=True,
         )
     return list(rows.values())
+
+
+def _reserved() -> int:
+    """What the allocator holds for good: with recorded steps, the memory of their passes."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved()
 
 
 def kept(learner: LocalLearner) -> list[torch.Tensor]:

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map_only
 
 import glcan
 from glcan import LocalLearner, measure_step
+from glcan.errors import ConfigError
 from glcan.models import create
 from glcan.tasks import create as create_task
 
@@ -67,11 +68,13 @@ def test_gradients_are_those_of_the_cpu(task: str, method: str) -> None:
     here = LocalLearner(copy.deepcopy(model), task, sample, **METHODS[method])
     there = LocalLearner(copy.deepcopy(model).cuda(), task, to("cuda", sample), **METHODS[method])
     assert there.plan.cuts == here.plan.cuts
+    there.auxiliary.load_state_dict(here.auxiliary.state_dict())
     losses = here.backward(*sample)
-    there.auxiliary.load_state_dict(here.auxiliary.state_dict())  # with what it noted of the first batch, in float32
     assert all(p.is_cuda for p in there.auxiliary.parameters())
     found = there.backward(*to("cuda", sample))
-    close = partial(assert_close, rtol=1e-8, atol=1e-10)
+    # the features' scale is noted in float32
+    noted = task == "super-resolution" and method == "glcan-joint-0"
+    close = partial(assert_close, rtol=1e-6 if noted else 1e-8, atol=1e-8 if noted else 1e-10)
     close(to("cpu", found), losses)
     close(to("cpu", gradients(there.model)), gradients(here.model))
     close(to("cpu", gradients(there.auxiliary)), gradients(here.auxiliary))
@@ -132,6 +135,121 @@ def test_auto_is_what_the_device_has() -> None:
     learner = LocalLearner(model, sample=sample, memory="auto", optimizer=MOMENTUM)
     assert learner.plan.blocks == 1  # it all fits
     assert all(torch.isfinite(loss) for loss in learner.step(*sample).values())
+
+
+@pytest.mark.parametrize("method", [*METHODS, "man"])
+@pytest.mark.parametrize("task", ["classification", "super-resolution"])
+def test_a_recorded_step_is_the_step(task: str, method: str) -> None:
+    if (task, method) == ("super-resolution", "man"):
+        pytest.skip("man is for classification")
+    build, batch, side = MODELS[task]
+    options = METHODS.get(method, {"rule": method, "blocks": 4}) | {"optimizer": MOMENTUM, "clip_norm": 1.0}
+    batches = [to("cuda", sample_of(task, batch, side, torch.float64)) for _ in range(12)]
+    # what ends an epoch is smaller
+    batches = [tuple(item[: batch // 2] for item in b) if i % 3 == 2 else b for i, b in enumerate(batches)]
+    torch.manual_seed(0)
+    model = build().double().cuda().train()
+    trained = {}
+    for cuda_graph in (False, True):
+        torch.manual_seed(1)
+        learner = LocalLearner(copy.deepcopy(model), task, batches[0], cuda_graph=cuda_graph, **options)
+        losses = []
+        for i, b in enumerate(batches):
+            for optimizer in learner.optimizers:
+                optimizer.param_groups[0]["lr"] = 1e-3 * (i + 1)
+            losses.append(learner.step(*b))
+        if cuda_graph:
+            assert len(learner._graphs._passes) == 2
+        assert all(p.grad is None for p in learner.parameters())
+        trained[cuda_graph] = losses, learner.model.state_dict(), learner.auxiliary.state_dict()
+    assert_close(trained[True], trained[False], rtol=1e-8, atol=1e-10)
+
+
+def test_a_recorded_learner_changes_its_state() -> None:
+    sample = to("cuda", sample_of("classification", 16, 32, torch.float64))
+    torch.manual_seed(0)
+    model = create("cifar_resnet20", num_classes=10).double().cuda().train()
+    trained = {}
+    for cuda_graph in (False, True):
+        torch.manual_seed(1)
+        learner = LocalLearner(copy.deepcopy(model), sample=sample, blocks=4, cuda_graph=cuda_graph, optimizer=MOMENTUM)
+        for i in range(16):
+            learner.end_to_end, learner.frozen = i < 5, 2 * (i > 10)
+            if i == 8:
+                next(m for m in learner.model.modules() if isinstance(m, nn.BatchNorm2d)).eval()
+            learner.step(*sample)
+        assert len(learner._graphs._passes) == 4 * cuda_graph
+        learner.cuda_graph = False
+        learner.step(*sample)
+        assert not learner._graphs._passes
+        trained[cuda_graph] = learner.model.state_dict()
+    assert_close(trained[True], trained[False], rtol=1e-8, atol=1e-10)
+
+
+class _Dropping(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.units = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5)) for _ in range(4)))
+        self.end = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.end(self.units(x))
+
+
+def test_recorded_dropout_is_drawn_anew_and_not_with_recomputation() -> None:
+    torch.manual_seed(0)
+    sample = (torch.rand(32, 8, device="cuda"), torch.zeros(32, dtype=torch.int64, device="cuda"))
+    still = partial(SGD, lr=0.0)
+    learner = LocalLearner(_Dropping().cuda(), sample=sample, rule="e2e", optimizer=still, cuda_graph=True)
+    losses = [float(learner.step(*sample)["block1"]) for _ in range(6)]
+    assert len(learner._graphs._passes) == 1
+    assert len(set(losses)) == 6
+    learner = LocalLearner(_Dropping().cuda(), sample=sample, rule="checkpoint", optimizer=still, cuda_graph=True)
+    with pytest.raises(ConfigError, match="random numbers"):
+        for _ in range(3):
+            learner.step(*sample)
+
+
+class _Reading(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        return y * 2 if x.is_cuda and float(y.detach().sum()) > 1e9 else y
+
+
+def test_what_reads_values_cannot_be_recorded_and_runs_on_without() -> None:
+    sample = (torch.rand(32, 8, device="cuda"), torch.zeros(32, dtype=torch.int64, device="cuda"))
+    learner = LocalLearner(_Reading().cuda(), sample=sample, rule="e2e", optimizer=MOMENTUM, cuda_graph=True)
+    with pytest.raises(ConfigError, match="reads a value"):
+        for _ in range(3):
+            learner.step(*sample)
+    learner.cuda_graph = False
+    assert torch.isfinite(learner.step(*sample)["block1"])
+
+
+def test_recorded_blocks_hold_less_than_a_recorded_whole() -> None:
+    held = {}
+    sample = to("cuda", sample_of("classification", 64, 128, torch.float32))
+    for method in ("e2e", "glcan"):
+        model = create("torchvision/resnet50", num_classes=1000).cuda()
+        learner = LocalLearner(model, sample=sample, optimizer=MOMENTUM, cuda_graph=True, **METHODS[method])
+        learner.step(*sample)
+        learner.step(*sample)
+        gc.collect()
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved()
+        learner.step(*sample)
+        gc.collect()
+        torch.cuda.empty_cache()
+        held[method] = torch.cuda.memory_reserved() - before
+        assert len(learner._graphs._passes) == 1
+        del learner, model
+        gc.collect()
+        torch.cuda.empty_cache()
+    assert 0 < held["glcan"] < 0.7 * held["e2e"]
 
 
 def test_float16_with_a_scaler() -> None:

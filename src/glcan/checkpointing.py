@@ -21,6 +21,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._pytree import tree_map, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
+from glcan.graphs import recording
 from glcan.isolation import overridden
 from glcan.profile import Profile
 
@@ -148,6 +149,7 @@ def _recomputed(
             chain,
             *args,
             use_reentrant=False,
+            preserve_rng_state=not recording(),  # `RecordedPass` refuses what would need it
             context_fn=lambda: (contextlib.nullcontext(), _frozen_statistics(norms)),
             **kwargs,
         )

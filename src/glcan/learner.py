@@ -19,6 +19,7 @@ from glcan.checkpointing import checkpointed, in_parts, segments_of, with_large_
 from glcan.dryrun import dry_run
 from glcan.errors import CheckpointError, ConfigError, CutError, GradientLeak
 from glcan.estimate import Estimate, Piece, auxiliary_costs, measure_pieces
+from glcan.graphs import PassGraphs, RecordedPass
 from glcan.isolation import Boundary, Crossings, Isolation, leaked_parameters, overridden, tensors_in
 from glcan.plan import Plan, cut_places, longest_end, make_plan
 from glcan.profile import Feature, Profile, read_feature
@@ -69,6 +70,10 @@ class LocalLearner:
         accumulate: a batch is run in so many parts, one after the other, whose gradients add up (weighted by images) to
             those of the mean loss over the batch; the model is updated once. Memory is that of a part. Normalisation
             over the batch sees the parts one by one, as do losses that divide by more than the number of images.
+        cuda_graph: record `step` as a CUDA graph and replay it, so that the GPU does not wait for Python: for steps of
+            many small kernels. The first two steps run as ever; updates always do. A batch of other shapes, as ends an
+            epoch, has a graph of its own. The gradients of all blocks stay in memory, and what a step needs is not free
+            for anything else between two steps. Not for detection. See docs/training.md, "CUDA graphs".
         profile: what `glcan.profile` gave for this model and sample (the first part of it, with ``accumulate``), if it
             is at hand: saves the dry runs of it.
 
@@ -83,12 +88,13 @@ class LocalLearner:
             get no gradient. 0 at first; may be set between two steps, up to K - 1. Their learning rate should be near
             zero by then.
         accumulate: parts of a batch; may be set between two steps.
+        cuda_graph: may be set between two steps; what was recorded is forgotten while it is false.
         end_to_end: while it is true, a step trains the whole model at once, with activation checkpointing of each unit,
             and the auxiliary networks beside it, which send the model no gradient. False at first; may be set between
             two steps. See docs/training.md, "Start, freeze, finish".
         after_block: if set, called with a block's name when its backward pass is over, before the next one begins;
             `step` has updated it by then, unless it learns from joint images alone. With ``accumulate``, in the last
-            part of the batch.
+            part of the batch. With ``cuda_graph``, such a step runs as ever.
 
     Parameters that are used in several blocks (tied weights) get the sum of the blocks' gradients, and `step` updates
     them once, after the last block.
@@ -116,6 +122,7 @@ class LocalLearner:
         recompute: bool | Sequence[str] = False,
         memory: str | int | None = None,
         accumulate: int = 1,
+        cuda_graph: bool = False,
         profile: Profile | None = None,
     ) -> None:
         if sample is None:
@@ -133,9 +140,12 @@ class LocalLearner:
             raise ConfigError(
                 f"The rule {self.rule.name!r} serves {', '.join(self.rule.tasks)}, not the task {self.task.name!r}."
             )
+        if cuda_graph:
+            self._check_recordable()
         self.autocast = autocast
         self.clip_norm = clip_norm
         self.accumulate = accumulate
+        self.cuda_graph = cuda_graph
         self.forecast: Forecast | None = None
         if memory is not None:
             from glcan import planner  # stands on the learner, whose steps it predicts
@@ -203,6 +213,7 @@ class LocalLearner:
         self._segments = [run for run in segments_of(self.profile) if run[0] not in self.profile.parted]
         self._recomputed = self._find_recomputed()
         self._joint_recomputed = self._find_joint_recomputed(batch)
+        self._graphs = PassGraphs(model)
         self.after_block: Callable[[str], None] | None = None
         self.frozen = 0
         self.end_to_end = False
@@ -210,6 +221,19 @@ class LocalLearner:
         self.optimizer_of: dict[int, Optimizer] = {}
         if optimizer is not None:
             self._make_optimizers(optimizer)
+
+    def _check_recordable(self) -> None:
+        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        if device.type != "cuda":
+            raise ConfigError(
+                f"cuda_graph is for a model on a CUDA device, and this one is on {device.type!r}. Move it there first "
+                "(model.cuda()), or leave cuda_graph out."
+            )
+        if not self.task.recordable:
+            raise ConfigError(
+                f"cuda_graph is not for {self.task.name}, whose losses read values from the GPU to choose boxes. Leave "
+                "cuda_graph out."
+            )
 
     # -- building ------------------------------------------------------------------------------------------------
 
@@ -402,9 +426,28 @@ class LocalLearner:
             raise ConfigError(
                 "step() needs an optimizer: LocalLearner(..., optimizer=partial(torch.optim.SGD, lr=0.1))."
             )
-        losses = self._run(batch, None, self._update)
+        if not self.cuda_graph:
+            self._graphs.clear()
+        recorded = self._recorded(batch) if self.cuda_graph and self.after_block is None else None
+        if recorded is None:
+            losses = self._run(batch, None, self._update)
+        else:
+            losses = recorded.replay(batch)
+            for block in range(len(self._own)):
+                self._update(block)
         self._update(len(self._own))
         return losses
+
+    def _recorded(self, batch: tuple[Any, ...]) -> RecordedPass | None:
+        """The pass of a batch as a CUDA graph, if there is one."""
+        parts = self._recomputed or self._joint_recomputed or self.plan.recompute or self.profile.parted
+        return self._graphs.find(
+            (self.frozen, self.end_to_end, self.accumulate),
+            batch,
+            lambda twin: self._run(twin, None, None),
+            self.parameters(),
+            recomputes=bool(parts) or self.end_to_end or self.rule.exact,
+        )
 
     def _update(self, block: int) -> None:
         optimizer = self.optimizer_of.get(block)

@@ -50,7 +50,7 @@ _PANELS = {
         "finish",
         "finish_lr",
     ),
-    "Machine": ("precision", "channels_last", "device", "workers", "seed", "deterministic"),
+    "Machine": ("precision", "channels_last", "device", "cuda_graph", "workers", "seed", "deterministic"),
 }
 #: Every setting that a command line can give; the task is an argument of its own.
 SETTINGS = tuple(name for names in _PANELS.values() for name in names)

@@ -23,6 +23,9 @@ class Task(ABC):
     images_apart: ClassVar[bool] = False
     """Whether a model of this task treats each image of a batch by itself, so that its end may be run in parts."""
 
+    recordable: ClassVar[bool] = True
+    """Whether a pass can be recorded as a CUDA graph: the loss reads no values on the host."""
+
     def arguments(self, batch: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The model's positional and keyword arguments; by default the first item of the batch."""
         return (batch[0],), {}

@@ -39,6 +39,7 @@ class Detection(Task):
     name: ClassVar[str] = "detection"
     assumes: ClassVar[bool] = True
     """One-stage detectors match anchors to boxes by masks alone, and run on fake tensors; others fall back."""
+    recordable: ClassVar[bool] = False
 
     def __init__(self) -> None:
         # the first image of the batch that the model runs on, and what its transform made of the batch

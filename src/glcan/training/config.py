@@ -18,7 +18,7 @@ from glcan.rules import BASELINES
 from glcan.sizes import parse_bytes
 
 #: Fields that say where a run happens, not what it computes. They alone may differ when a run is resumed.
-PLACE_FIELDS = frozenset({"data_root", "download", "device", "workers"})
+PLACE_FIELDS = frozenset({"data_root", "download", "device", "workers", "cuda_graph"})
 
 #: Defaults of a task that are not those of the fields; the options go with the model, and only with it.
 TASK_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -161,6 +161,9 @@ class RunConfig(BaseModel):
     """Memory layout NHWC for convolutional models, faster on GPUs together with bf16."""
     device: str = "auto"
     """Where to train: auto (the first GPU, else the CPU), cpu, cuda, cuda:1, ..."""
+    cuda_graph: bool = False
+    """Record the training step as a CUDA graph, so that the GPU does not wait for Python: for small models and
+    batches. Not for detection, nor for models that draw random numbers in units that are recomputed."""
     workers: int = Field(default=0, ge=0)
     """Processes that load images; 0 loads them in the training process."""
     seed: int = Field(default=0, ge=0, lt=2**32)
@@ -216,6 +219,11 @@ class RunConfig(BaseModel):
             raise ConfigError(
                 f"milestones = {self.milestones} need schedule = 'halving' or 'tenths', not {self.schedule!r}; set "
                 "--schedule to one of them or leave --milestones out."
+            )
+        if self.cuda_graph and self.task == "detection":
+            raise ConfigError(
+                "cuda_graph = true is not for detection, whose losses read values from the GPU to choose boxes; leave "
+                "--cuda-graph out."
             )
         if self.accumulate > self.batch:
             raise ConfigError(

@@ -183,6 +183,7 @@ def build(config: RunConfig, data: ImageData | PairData | DetectionData) -> Loca
             recompute=config.recompute,
             memory=config.memory,
             accumulate=config.accumulate,
+            cuda_graph=config.cuda_graph,
         )
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
@@ -395,6 +396,7 @@ class _Training:
                 autocast=autocast_dtype(self.config),
                 clip_norm=self.config.clip_norm,
                 accumulate=self.config.accumulate,
+                cuda_graph=self.config.cuda_graph,
             ).train()
 
     def _batches(self) -> Iterator[tuple[Any, ...]]:

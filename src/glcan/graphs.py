@@ -1,0 +1,170 @@
+"""Passes recorded as CUDA graphs, which a GPU replays without waiting for Python to launch kernel after kernel."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from glcan.errors import ConfigError, GlcanError
+
+__all__ = ["PassGraphs", "RecordedPass", "recording"]
+
+_WARM_UP = 2  # passes in which libraries choose their algorithms and take their workspaces
+_MOST = 8  # graphs of one learner; each holds a set of gradients
+
+
+def recording() -> bool:
+    """Whether what runs now is recorded, and not computed: nothing may read a value or a random generator's state."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+@dataclasses.dataclass
+class RecordedPass:
+    """A pass that can be replayed on another batch of the same shapes.
+
+    Attributes:
+        graph: of the forward and backward passes.
+        inputs: the tensors that it reads, in the order of the batch.
+        losses: what it writes, by block.
+        gradients: what it writes, by parameter.
+        recomputes: whether it computes parts of the forward pass twice, which must draw the same random numbers.
+        fresh: not yet replayed.
+    """
+
+    graph: torch.cuda.CUDAGraph
+    inputs: list[Tensor]
+    losses: dict[str, Tensor]
+    gradients: list[tuple[nn.Parameter, Tensor]]
+    recomputes: bool
+    fresh: bool = True
+
+    def replay(self, batch: Sequence[Any]) -> dict[str, Tensor]:
+        """The losses; ``.grad`` is set, to tensors that the next replay overwrites.
+
+        Raises:
+            ConfigError: the pass draws random numbers, and recomputes.
+        """
+        for held, tensor in zip(self.inputs, _tensors(batch), strict=True):
+            held.copy_(tensor, non_blocking=True)
+        device = self.inputs[0].device
+        before = torch.cuda.get_rng_state(device) if self.fresh and self.recomputes else None
+        self.graph.replay()
+        if before is not None and not torch.equal(before, torch.cuda.get_rng_state(device)):
+            raise ConfigError(
+                "The model draws random numbers (dropout, stochastic depth), and a recorded step cannot draw the same "
+                "ones again where units are recomputed. Leave cuda_graph (--cuda-graph) out, or the dropout."
+            )
+        self.fresh = False
+        for parameter, gradient in self.gradients:
+            parameter.grad = gradient
+        return {name: loss.clone() for name, loss in self.losses.items()}
+
+
+class PassGraphs:
+    """The recorded passes of a learner, one for each kind of batch and each state that the learner can be in.
+
+    The first passes of a kind run as ever; the next one is recorded. All graphs share one pool of memory, because they
+    run one at a time; gradients and losses stay in it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules, self._parameters = list(model.modules()), list(model.parameters())
+        self._seen: Counter[Hashable] = Counter()
+        self._passes: dict[Hashable, RecordedPass] = {}
+        self._pool: Any = None
+
+    def find(
+        self,
+        state: Hashable,
+        batch: tuple[Any, ...],
+        run: Callable[[tuple[Any, ...]], dict[str, Tensor]],
+        parameters: Sequence[nn.Parameter],
+        recomputes: bool,
+    ) -> RecordedPass | None:
+        """The recorded pass for a batch, which is recorded if need be; None where the pass has to run as ever.
+
+        Args:
+            state: all that decides, beside the batch's shapes and the model's modes, what the pass does.
+            batch: its tensors lie on one CUDA device, else there is no graph.
+            run: the pass: sets ``.grad`` and returns the losses by block.
+            parameters: whose ``.grad`` it sets; where one is set already, the pass adds to it, and there is no graph.
+            recomputes: see `RecordedPass`.
+
+        Raises:
+            ConfigError: the pass cannot be recorded.
+        """
+        leaves, structure = tree_flatten(list(batch))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        if not tensors or any(t.device.type != "cuda" for t in tensors) or any(p.grad is not None for p in parameters):
+            return None
+        kind = (
+            state,
+            repr(structure),
+            tuple((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves),
+            tuple(module.training for module in self._modules),
+            tuple(parameter.requires_grad for parameter in self._parameters),
+        )
+        if kind in self._passes:
+            return self._passes[kind]
+        self._seen[kind] += 1
+        if self._seen[kind] <= _WARM_UP or len(self._passes) >= _MOST:
+            return None
+        held = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        twin = tuple(tree_unflatten(held, structure))
+        self._passes[kind] = self._record(twin, tensors[0].device, run, parameters, recomputes)
+        return self._passes[kind]
+
+    def clear(self) -> None:
+        """Forgets all graphs, and gives their memory back."""
+        if self._seen:
+            self._seen.clear()
+            self._passes.clear()
+            self._pool = None
+
+    def _record(
+        self,
+        batch: tuple[Any, ...],
+        device: torch.device,
+        run: Callable[[tuple[Any, ...]], dict[str, Tensor]],
+        parameters: Sequence[nn.Parameter],
+        recomputes: bool,
+    ) -> RecordedPass:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(device):
+            if self._pool is None:
+                self._pool = torch.cuda.graph_pool_handle()
+            try:
+                # "thread_local": a loader's thread may pin memory meanwhile
+                with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                    losses = run(batch)
+                gradients = [(p, p.grad) for p in parameters if p.grad is not None]
+            except (GlcanError, torch.OutOfMemoryError):
+                raise
+            except RuntimeError as error:
+                raise ConfigError(
+                    f"The step cannot be recorded as a CUDA graph ({_cause(error)}). Something in the model, the loss "
+                    "or the rule reads a value from the GPU (.item(), .nonzero(), if tensor: ...) or moves one to it. "
+                    "Leave cuda_graph (--cuda-graph) out."
+                ) from error
+            finally:
+                for parameter in parameters:
+                    parameter.grad = None
+        return RecordedPass(graph, _tensors(batch), losses, gradients, recomputes)
+
+
+def _tensors(batch: Sequence[Any]) -> list[Tensor]:
+    return [leaf for leaf in tree_flatten(list(batch))[0] if isinstance(leaf, Tensor)]
+
+
+def _cause(error: BaseException) -> str:
+    """The first line of the first of the errors: ending a recording that has failed is one more."""
+    while isinstance(error.__context__, RuntimeError):
+        error = error.__context__
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
