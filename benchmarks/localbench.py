@@ -149,7 +149,7 @@ BENCHES = {
         (0, 1, 2),
     ),
     "detection": Bench(
-        {"task": "detection", "val": 200},
+        {"task": "detection", "val": 200, "epochs": 16},
         _named("e2e", "dgl", "glcan") + _started("detection", "dgl", "glcan") + _accumulated(4),
         (4,),
         (1e-3, 2e-3, 4e-3),

@@ -36,7 +36,7 @@ TASK_DEFAULTS: dict[str, dict[str, Any]] = {
     "detection": {
         "model": "fcos_small",
         "data": "scenes",
-        "epochs": 16,
+        "epochs": 32,
         "batch": 16,
         "optimizer": "adamw",
         "lr": 2e-3,
