@@ -90,7 +90,7 @@ class PassGraphs:
         """The recorded pass for a batch, which is recorded if need be; None where the pass has to run as ever.
 
         Args:
-            state: all that decides, beside the batch's shapes and the model's modes, what the pass does.
+            state: all that decides, beside the batch's shapes, the model's modes and autocast, what the pass does.
             batch: its tensors lie on one CUDA device, else there is no graph.
             run: the pass: sets ``.grad`` and returns the losses by block.
             parameters: whose ``.grad`` it sets; where one is set already, the pass adds to it, and there is no graph.
@@ -105,6 +105,7 @@ class PassGraphs:
             return None
         kind = (
             state,
+            torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda"),  # the caller's own
             repr(structure),
             tuple((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves),
             tuple(module.training for module in self._modules),

@@ -227,7 +227,7 @@ class LocalLearner:
         if device.type != "cuda":
             raise ConfigError(
                 f"cuda_graph is for a model on a CUDA device, and this one is on {device.type!r}. Move it there first "
-                "(model.cuda()), or leave cuda_graph out."
+                "(model.cuda()), or leave cuda_graph (--cuda-graph) out."
             )
         if not self.task.recordable:
             raise ConfigError(
