@@ -73,7 +73,8 @@ class LocalLearner:
         cuda_graph: record `step` as a CUDA graph and replay it, so that the GPU does not wait for Python: for steps of
             many small kernels. The first two steps run as ever; updates always do. A batch of other shapes, as ends an
             epoch, has a graph of its own. The gradients of all blocks stay in memory, and what a step needs is not free
-            for anything else between two steps. What Python decides in a pass stays as recorded. Not for detection. See docs/training.md, "CUDA graphs".
+            for anything else between two steps. What Python decides in a pass stays as recorded. Not for detection.
+            See docs/training.md, "CUDA graphs".
         profile: what `glcan.profile` gave for this model and sample (the first part of it, with ``accumulate``), if it
             is at hand: saves the dry runs of it.
 
