@@ -33,7 +33,7 @@ def plan(localbench, tmp_path_factory):
     entries = (*localbench._named("e2e", "dgl"), localbench.Entry("dgl+finish", "dgl", finish=0.5))
     bench = localbench.Bench(SETTINGS, entries, (3,), (1e-6, 0.1), (0, 1))
     folder = tmp_path_factory.mktemp("localbench")
-    plan = localbench.Plan("tiny", bench, folder / "results", folder / "runs", "cpu")
+    plan = localbench.Plan("tiny", bench, folder / "results", folder / "runs", {"device": "cpu"})
     for jobs in (plan.choices, plan.final):
         for job in jobs():
             if not job.file.exists():
@@ -77,7 +77,7 @@ def test_what_is_there_is_not_made_again(localbench, plan):
 
 def test_a_run_that_another_bench_has_made_is_not_made_again(localbench, plan):
     bench = dataclasses.replace(plan.bench, entries=(localbench.Entry("as dgl", "dgl"),), rates=(0.1,), seeds=(0,))
-    other = localbench.Plan("other", bench, plan.results.parent / "other", plan.runs, "cpu")
+    other = localbench.Plan("other", bench, plan.results.parent / "other", plan.runs, {"device": "cpu"})
     (job,) = other.final()
     localbench.work([job], 1, "other", Console(quiet=True))
     (made,) = [r for r in records(plan) if (r["entry"], r["lr"], r["seed"]) == ("dgl", 0.1, 0)]
@@ -130,14 +130,14 @@ def test_the_table_has_the_mean_over_the_seeds_that_are_there(localbench, plan):
     assert "| e2e | 1 |" in text
     assert all((plan.results / name).stat().st_size > 10_000 for name in ("metric_against_cost.png", "probes.png"))
     one = dataclasses.replace(plan.bench, seeds=(0, 1, 2))
-    more = localbench.Plan("tiny", one, plan.results, plan.runs, "cpu")
+    more = localbench.Plan("tiny", one, plan.results, plan.runs, {"device": "cpu"})
     localbench.report(more)
     assert len(json.loads((plan.results / "table.json").read_text())["rows"][0]["values"]) == 2
 
 
 def test_a_run_that_cannot_be_made_is_named(localbench, plan):
     bench = dataclasses.replace(plan.bench, entries=(localbench.Entry("too many", "dgl"),), blocks=(99,), rates=(0.1,))
-    (job, *_) = localbench.Plan("bad", bench, plan.results, plan.runs, "cpu").final()
+    (job, *_) = localbench.Plan("bad", bench, plan.results, plan.runs, {"device": "cpu"}).final()
     assert "99" in localbench.run(job, 1)
     assert not job.file.exists()
 
@@ -145,7 +145,9 @@ def test_a_run_that_cannot_be_made_is_named(localbench, plan):
 @pytest.mark.parametrize("name", ["classification", "detection", "super-resolution", "ablation"])
 def test_every_bench_is_made_of_settings_and_rules_that_there_are(localbench, name, tmp_path):
     for bench in (localbench.BENCHES[name], localbench.quick(name)):
-        plan = localbench.Plan(name, dataclasses.replace(bench, rates=bench.rates[:1]), tmp_path, tmp_path, "cpu")
+        plan = localbench.Plan(
+            name, dataclasses.replace(bench, rates=bench.rates[:1]), tmp_path, tmp_path, {"device": "cpu"}
+        )
         jobs = plan.final()
         assert len({job.file for job in jobs}) == len(jobs) == len(plan.rows) * len(bench.seeds)
         assert all(RULES[entry.rule](entry.options) for entry in bench.entries)
