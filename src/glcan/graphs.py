@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map_only
 
 from glcan.errors import ConfigError, GlcanError
+from glcan.isolation import tensors_in
 
 __all__ = ["PassGraphs", "RecordedPass", "recording"]
 
@@ -50,7 +51,7 @@ class RecordedPass:
         Raises:
             ConfigError: the pass draws random numbers, and recomputes.
         """
-        for held, tensor in zip(self.inputs, _tensors(batch), strict=True):
+        for held, tensor in zip(self.inputs, tensors_in(batch), strict=True):
             held.copy_(tensor, non_blocking=True)
         device = self.inputs[0].device
         before = torch.cuda.get_rng_state(device) if self.fresh and self.recomputes else None
@@ -100,7 +101,7 @@ class PassGraphs:
             ConfigError: the pass cannot be recorded.
         """
         leaves, structure = tree_flatten(list(batch))
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        tensors = list(tensors_in(batch))
         if not tensors or any(t.device.type != "cuda" for t in tensors) or any(p.grad is not None for p in parameters):
             return None
         kind = (
@@ -116,8 +117,7 @@ class PassGraphs:
         self._seen[kind] += 1
         if self._seen[kind] <= _WARM_UP or len(self._passes) >= _MOST:
             return None
-        held = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        twin = tuple(tree_unflatten(held, structure))
+        twin = tree_map_only(Tensor, Tensor.clone, batch)
         self._passes[kind] = self._record(twin, tensors[0].device, run, parameters, recomputes)
         return self._passes[kind]
 
@@ -156,11 +156,7 @@ class PassGraphs:
             finally:
                 for parameter in parameters:
                     parameter.grad = None
-        return RecordedPass(graph, _tensors(batch), losses, gradients, recomputes)
-
-
-def _tensors(batch: Sequence[Any]) -> list[Tensor]:
-    return [leaf for leaf in tree_flatten(list(batch))[0] if isinstance(leaf, Tensor)]
+        return RecordedPass(graph, list(tensors_in(batch)), losses, gradients, recomputes)
 
 
 def _cause(error: BaseException) -> str:
