@@ -223,11 +223,20 @@ def test_joint_images_are_recomputed_where_they_would_set_the_peak() -> None:
     assert mixed.peak_bytes <= local.peak_bytes
 
 
-@pytest.mark.parametrize(("blocks", "share"), [(2, 1 / 2), (4, 1 / 4), (8, 1 / 8), (16, 1 / 16)])
-def test_classification_has_as_many_as_cost_no_memory(blocks: int, share: float) -> None:
-    joint = create_rule("glcan", {}).joint(Classification(), blocks, 256)
+@pytest.mark.parametrize("blocks", [2, 3, 4])
+def test_few_blocks_of_classification_have_most_of_the_batch(blocks: int) -> None:
+    joint = create_rule("glcan", {}).joint(Classification(), blocks, 128)
+    assert joint == Joint(0.875, 1.0)
+    assert joint.images(128) == 112  # and 16 others, for BatchNorm
+
+
+@pytest.mark.parametrize(
+    ("blocks", "share", "batch"), [(2, 1 / 2, 96), (4, 1 / 4, 96), (8, 1 / 8, 256), (16, 1 / 16, 256)]
+)
+def test_classification_has_as_many_as_cost_no_memory(blocks: int, share: float, batch: int) -> None:
+    joint = create_rule("glcan", {}).joint(Classification(), blocks, batch)
     assert (joint.share, joint.weight) == (share, share)
-    assert joint.images(256) == int(share * 256)
+    assert joint.images(batch) == int(share * batch)
     assert joint.images(30) == 0  # too few for BatchNorm
 
 
@@ -262,7 +271,7 @@ def test_options_change_the_default_share() -> None:
     assert create_rule("glcan", {"joint": 0.5}).joint(SuperResolution(), 4, 64) == Joint(0.5, 1.0)
 
 
-def test_the_default_costs_no_memory_with_any_number_of_blocks() -> None:
+def test_the_default_costs_no_memory_and_few_blocks_a_tenth_of_the_compute() -> None:
     sample = torch.rand(256, 3, 8, 8), torch.randint(0, 10, (256,))
 
     def peak(blocks: int, **options: Any) -> Any:
@@ -271,8 +280,9 @@ def test_the_default_costs_no_memory_with_any_number_of_blocks() -> None:
 
     for blocks in (2, 3, 4, 8, 16):
         with_joint, without = peak(blocks), peak(blocks, joint=0.0)
-        assert with_joint.activation_peak_bytes <= without.activation_peak_bytes, blocks
-        assert with_joint.flops <= 1.01 * without.flops, blocks
+        bytes_more, flops_more = (1.02, 1.1) if blocks <= 4 else (1, 1.01)
+        assert with_joint.activation_peak_bytes <= bytes_more * without.activation_peak_bytes, blocks
+        assert with_joint.flops <= flops_more * without.flops, blocks
 
 
 def test_blocks_that_are_recomputed_bound_joint_images_too() -> None:

@@ -16,6 +16,7 @@ from torch.optim import SGD, AdamW
 import glcan
 from glcan import LocalLearner, measure_step
 from glcan.errors import ConfigError, CutError
+from glcan.estimate import Estimate, measure_pieces
 from glcan.models import create
 from glcan.planner import largest_batches
 from glcan.tasks import Classification
@@ -204,6 +205,24 @@ def test_a_budget_that_local_learning_keeps_is_kept_with_joint_images() -> None:
     assert found.cost.peak_bytes <= local.cost.peak_bytes
     with pytest.raises(ConfigError, match=r"fewer joint images than \d+ of the batch"):
         glcan.plan(network, sample=sample, memory=local.cost.peak_bytes // 2, rule_options={"joint": 0.5}, **options)
+
+
+def test_a_budget_is_kept_by_few_blocks_where_most_images_are_joint() -> None:
+    options: dict[str, Any] = {"optimizer": OPTIMIZER, "baselines": ()}
+    two = glcan.plan(create("cifar_resnet20"), sample=batch(128), blocks=2, **options)
+    found = glcan.plan(create("cifar_resnet20"), sample=batch(128), memory=two.cost.peak_bytes, **options)
+    assert found.plan.blocks == 2
+    assert found.cost.peak_bytes <= two.cost.peak_bytes
+
+
+@pytest.mark.parametrize("blocks", [2, 4])
+def test_the_flops_of_joint_images_are_foreseen(blocks: int) -> None:
+    network, sample = create("cifar_resnet20"), batch(128)
+    learner = LocalLearner(network, sample=sample, blocks=blocks)
+    pieces = measure_pieces(network, (sample[0],), {}, learner.profile)
+    extra = Estimate(learner.profile, pieces).extra_flops_alone(learner.plan, 0.875)
+    whole = measure_step(LocalLearner(network, sample=sample, rule="e2e"), *sample).flops
+    assert extra / whole == pytest.approx(measure_step(learner, *sample).flops / whole - 1, abs=0.005)
 
 
 def test_a_baseline_has_nothing_to_search() -> None:

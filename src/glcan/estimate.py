@@ -324,6 +324,16 @@ class Estimate:
         cost = self.auxiliary.get(self.profile.units[self._places[j]].name) if j < len(self._saved) else None
         return (cost.flops if cost else 0) - self._cut_flops[i]
 
+    def extra_flops_alone(self, plan: Plan, share: float) -> float:
+        """FLOPs of a step beyond end-to-end training where the early blocks learn from this share of the batch alone.
+
+        Negative where the other images, which only run forward but for the last block, save more than is recomputed.
+        """
+        names = {name for chain in self.recomputed_at_once(plan, share, alone=True) for name in chain}
+        again = sum(unit.flops for unit in self.profile.units if unit.name in names)
+        early = self.forward_flops(0, block_ends(self.profile, plan.cuts)[-2])
+        return share * again - 2 * (1 - share) * early
+
     def forward_flops(self, i: int, j: int) -> int:
         """Forward FLOPs of the block's units: what recomputing them costs."""
         return sum(self._flops[i:j])

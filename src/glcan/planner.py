@@ -30,7 +30,7 @@ from glcan.estimate import AuxiliaryCost, Estimate, Piece, auxiliary_costs, meas
 from glcan.isolation import tensors_in
 from glcan.learner import LocalLearner, OptimizerFactory, first_part
 from glcan.memory import KINDS, StepCost, measure_step
-from glcan.plan import Plan, block_ends, cheapest_cuts, choose_cuts, cut_places, numbers_of_blocks
+from glcan.plan import Plan, block_ends, cheapest_cuts, choose_cuts, cut_places, make_plan, numbers_of_blocks
 from glcan.profile import Profile, profile
 from glcan.sizes import format_bytes, format_scaled, parse_bytes
 
@@ -39,7 +39,7 @@ __all__ = ["Forecast", "LargestBatch", "free_bytes", "largest_batches", "plan"]
 # How often a candidate that turns out to need more than was estimated is looked for again under a tighter bound.
 _ATTEMPTS = 4
 # Plans whose FLOPs differ by less than this share of end-to-end training's cost the same.
-_SAME_COST = 0.04
+_SAME_COST = 0.08
 # What memory="auto" leaves free: the allocator's fragments, the libraries' workspaces.
 _MARGIN = 0.10
 
@@ -162,7 +162,7 @@ def plan(
         sample: a batch of the size that is to be trained with, or fake tensors of its shapes.
         blocks, cuts, recompute, accumulate: as `LocalLearner` takes them.
         memory: a budget such as "8GiB", in place of blocks and cuts: the plan with the fewest FLOPs whose peak fits;
-            where several cost the same within 4 % of end-to-end training, the one with the fewest blocks. Recomputing
+            where several cost the same within 8 % of end-to-end training, the one with the fewest blocks. Recomputing
             blocks is part of the search.
         baselines: what to compare with, by the names of rules; "e2e+accumulate:N" is end-to-end training with each
             batch in N parts. They accumulate as the plan does. None: the rules, and beside a plan in blocks whose
@@ -490,7 +490,7 @@ class _Bench:
         for blocks in self._numbers_of_blocks():
             estimate = self.estimate(blocks)
             within = bound - self._auxiliary_bytes(estimate, blocks)
-            joint, least = self._joint(estimate, blocks)
+            joint, least, alone = self._joint(estimate, blocks)
             if least > within:
                 continue
             if joint < 1 and joint * estimate.block_bytes(0, len(cut_places(self.profile)) - 1) <= within:
@@ -499,9 +499,12 @@ class _Bench:
             def cost(i: int, j: int, estimate: Estimate = estimate) -> int:
                 return min(estimate.block_bytes(i, j), estimate.recomputed_bytes(i, j))
 
-            def price(i: int, j: int, estimate: Estimate = estimate, within: float = within) -> int:
+            def price(
+                i: int, j: int, estimate: Estimate = estimate, within: float = within, alone: bool = alone
+            ) -> int:
                 again = estimate.block_bytes(i, j) > within
-                return estimate.extra_flops(i, j) + (estimate.forward_flops(i, j) if again else 0)
+                extra = 0 if alone else estimate.extra_flops(i, j)
+                return extra + (estimate.forward_flops(i, j) if again else 0)
 
             best = cheapest_cuts(self.profile, blocks, cost, price, within)
             if best is None:
@@ -512,6 +515,10 @@ class _Bench:
                 for k, (i, j) in enumerate(itertools.pairwise(block_ends(self.profile, cuts)), 1)
                 if estimate.block_bytes(i, j) > within
             )
+            if alone:
+                if not recompute:  # as the same number of blocks has them where there is no budget
+                    cuts = choose_cuts(self.profile, blocks, estimate.block_bytes)
+                total = estimate.extra_flops_alone(make_plan(self.profile, cuts=cuts, recompute=recompute), joint)
             found.append((total / (3 * forward), blocks, cuts, recompute))
         cheapest = min((share for share, *_ in found), default=0.0)
         # Fewer blocks lose less accuracy, so they go first among those that cost about the same.
@@ -531,11 +538,13 @@ class _Bench:
         found = [self.run(**_cut_at(cuts), recompute=again) for _, cuts, again in sorted(options)[:3]]
         return min(found, key=lambda forecast: forecast.cost.peak_bytes)
 
-    def _joint(self, estimate: Estimate, blocks: int) -> tuple[float, float]:
-        """The share of the batch that is joint, and what it holds at least, with all units recomputed."""
+    def _joint(self, estimate: Estimate, blocks: int) -> tuple[float, float, bool]:
+        """The share of the batch that is joint, what it holds at least (all units recomputed), whether it is alone."""
         batch, units = self.profile.batch, len(cut_places(self.profile)) - 1
-        share = self.rule.joint(self.task, blocks, batch).share_of(batch)
-        return share, share * min(estimate.block_bytes(0, units), estimate.recomputed_bytes(0, units))
+        joint = self.rule.joint(self.task, blocks, batch)
+        share = joint.share_of(batch)
+        held = share * min(estimate.block_bytes(0, units), estimate.recomputed_bytes(0, units))
+        return share, held, bool(share) and joint.weight == 1
 
     def _auxiliary_bytes(self, estimate: Estimate, blocks: int) -> float:
         """What all auxiliary networks hold, about: weights, gradients and, with an optimizer, a moment."""

@@ -50,10 +50,11 @@ from glcan.tasks.super_resolution import SuperResolution
 _BUDGETS = {"classification": 0.07, "super-resolution": 0.045, "detection": 0.09}
 _LONG_ENDS = {"classification": 0.0, "super-resolution": 0.32, "detection": 0.08}
 _JOINT = {"super-resolution": Joint(0.5, 1.0), "detection": Joint(0.75, 1.0)}
-# Classification: joint images beside local learning, at least, for the statistics of BatchNorm. Where a K-th of the
-# batch is fewer there is no local learning, but a larger share, if the other images are enough for the statistics.
-_LEAST_JOINT = 16
-_ALONE, _LEAST_BATCH = Joint(0.75, 1.0), 64
+# Classification: images of a part of the batch, at least, for the statistics of BatchNorm; what few blocks have, of any
+# batch whose other images are enough; and what they and many blocks have, where a K-th of the batch would not be.
+_LEAST_IMAGES = 16
+_FEW_BLOCKS, _FEW = 4, Joint(0.875, 1.0)
+_MANY = Joint(0.75, 1.0)
 _UNIT_SHARES = {"classification": 0.6, "super-resolution": 0.3, "detection": 0.0}
 # Classification with light units, and super-resolution: how far networks of the same structure are drawn together.
 _COUPLING = 0.1
@@ -106,10 +107,11 @@ class GLCAN(Rule):
                 longer within the memory of the other blocks, up to this share of the model's forward FLOPs; 0: not;
                 none: the task's own default, 0.32 for super-resolution, 0.08 for detection, 0 for classification.
             joint: share of each batch on which all blocks learn end to end, see `glcan.rules.Joint`; none: the task's
-                own default, 0.5 for super-resolution, 0.75 for detection, for classification 1 / K where that is 16
-                images or more, else 0.75 where the batch has at least 64.
+                own default, 0.5 for super-resolution, 0.75 for detection. For classification 0.875 with up to four
+                blocks and batches of 128 and more; else 1 / K where that is 16 images or more; else 0.75 where the
+                batch has at least 64, and 0 in smaller ones.
             joint_weight: of that gradient in all blocks but the last one; with 1 there are no auxiliary networks; none:
-                1 for super-resolution, detection and the 0.75 of classification, else the share itself.
+                1 for super-resolution, detection and the 0.875 and 0.75 of classification, else the share itself.
         """
 
         budget: float | None = None
@@ -305,10 +307,8 @@ class GLCAN(Rule):
             found = Joint(self.config.joint, own.weight if own else self.config.joint)
         elif own is not None:
             found = own
-        elif batch // blocks < _LEAST_JOINT and batch >= _LEAST_BATCH and self.config.joint_weight is None:
-            found = _ALONE
         else:
-            found = Joint(1 / blocks, 1 / blocks, _LEAST_JOINT)
+            found = self._of_classification(blocks, batch)
         weight = self.config.joint_weight or found.weight
         given = [f.name for f in dataclasses.fields(self.config) if getattr(self.config, f.name) != f.default]
         if weight == 1 and (useless := [name for name in given if name not in ("joint", "joint_weight", "long_end")]):
@@ -318,6 +318,15 @@ class GLCAN(Rule):
                 "Leave it out, or set joint_weight below 1 or joint to 0."
             )
         return dataclasses.replace(found, weight=weight)
+
+    def _of_classification(self, blocks: int, batch: int) -> Joint:
+        """The joint images by default: without local learning where the others are enough for BatchNorm."""
+        if self.config.joint_weight is None:
+            if blocks <= _FEW_BLOCKS and batch - _FEW.images(batch) >= _LEAST_IMAGES:
+                return _FEW
+            if batch // blocks < _LEAST_IMAGES and batch - _MANY.images(batch) >= _LEAST_IMAGES:
+                return _MANY
+        return Joint(1 / blocks, 1 / blocks, _LEAST_IMAGES)
 
     def before_pass(self, auxiliary: nn.ModuleDict, model: nn.Module) -> None:
         own = [network for network in auxiliary.values() if not isinstance(network, LookAhead)]
