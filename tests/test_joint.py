@@ -268,6 +268,7 @@ def test_options_change_the_default_share() -> None:
     assert create_rule("glcan", {"joint": 0.0}).joint(task, 16, 64) == Joint()
     assert create_rule("glcan", {"joint": 0.3}).joint(task, 16, 64) == Joint(0.3, 0.3)
     assert create_rule("glcan", {"joint_weight": 0.5}).joint(task, 4, 64) == Joint(0.25, 0.5, least=16)
+    assert create_rule("glcan", {"joint_weight": 1.0}).joint(task, 4, 128) == Joint(0.875, 1.0)
     assert create_rule("glcan", {"joint": 0.5}).joint(SuperResolution(), 4, 64) == Joint(0.5, 1.0)
 
 

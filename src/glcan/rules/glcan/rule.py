@@ -321,7 +321,7 @@ class GLCAN(Rule):
 
     def _of_classification(self, blocks: int, batch: int) -> Joint:
         """The joint images by default: without local learning where the others are enough for BatchNorm."""
-        if self.config.joint_weight is None:
+        if self.config.joint_weight in (None, 1):
             if blocks <= _FEW_BLOCKS and batch - _FEW.images(batch) >= _LEAST_IMAGES:
                 return _FEW
             if batch // blocks < _LEAST_IMAGES and batch - _MANY.images(batch) >= _LEAST_IMAGES:
