@@ -50,8 +50,8 @@ from glcan.tasks.super_resolution import SuperResolution
 _BUDGETS = {"classification": 0.07, "super-resolution": 0.045, "detection": 0.09}
 _LONG_ENDS = {"classification": 0.0, "super-resolution": 0.32, "detection": 0.08}
 _JOINT = {"super-resolution": Joint(0.5, 1.0), "detection": Joint(0.75, 1.0)}
-# Classification: images of a part of the batch, at least, for the statistics of BatchNorm; what few blocks have, of any
-# batch whose other images are enough; and what they and many blocks have, where a K-th of the batch would not be.
+# Classification: so many images the joint ones and the others are at least, for the statistics of BatchNorm. Few blocks
+# have `_FEW` of every batch that leaves as many others, more of them `_MANY` where a K-th of the batch is fewer.
 _LEAST_IMAGES = 16
 _FEW_BLOCKS, _FEW = 4, Joint(0.875, 1.0)
 _MANY = Joint(0.75, 1.0)
