@@ -509,7 +509,8 @@ class _Bench:
             best = cheapest_cuts(self.profile, blocks, cost, price, within)
             if best is None:
                 continue
-            total, cuts = best
+            total: float = best[0]
+            cuts = best[1]
             recompute = tuple(
                 f"block{k}"
                 for k, (i, j) in enumerate(itertools.pairwise(block_ends(self.profile, cuts)), 1)
