@@ -485,45 +485,44 @@ class _Bench:
         """(extra FLOPs as a share, K, cuts, recomputed blocks) of what should keep the bound, the best one first."""
         if bound <= 0:
             return []
-        found = []
-        forward = self.profile.flops or 1
-        for blocks in self._numbers_of_blocks():
-            estimate = self.estimate(blocks)
-            within = bound - self._auxiliary_bytes(estimate, blocks)
-            joint, least, alone = self._joint(estimate, blocks)
-            if least > within:
-                continue
-            if joint < 1 and joint * estimate.block_bytes(0, len(cut_places(self.profile)) - 1) <= within:
-                within /= 1 - joint  # the joint images fit as they are, and only the others go through the blocks
-
-            def cost(i: int, j: int, estimate: Estimate = estimate) -> int:
-                return min(estimate.block_bytes(i, j), estimate.recomputed_bytes(i, j))
-
-            def price(
-                i: int, j: int, estimate: Estimate = estimate, within: float = within, alone: bool = alone
-            ) -> int:
-                again = estimate.block_bytes(i, j) > within
-                extra = 0 if alone else estimate.extra_flops(i, j)
-                return extra + (estimate.forward_flops(i, j) if again else 0)
-
-            best = cheapest_cuts(self.profile, blocks, cost, price, within)
-            if best is None:
-                continue
-            total: float = best[0]
-            cuts = best[1]
-            recompute = tuple(
-                f"block{k}"
-                for k, (i, j) in enumerate(itertools.pairwise(block_ends(self.profile, cuts)), 1)
-                if estimate.block_bytes(i, j) > within
-            )
-            if alone:
-                if not recompute:  # as the same number of blocks has them where there is no budget
-                    cuts = choose_cuts(self.profile, blocks, estimate.block_bytes)
-                total = estimate.extra_flops_alone(make_plan(self.profile, cuts=cuts, recompute=recompute), joint)
-            found.append((total / (3 * forward), blocks, cuts, recompute))
+        found = [c for blocks in self._numbers_of_blocks() if (c := self._candidate(blocks, bound)) is not None]
         cheapest = min((share for share, *_ in found), default=0.0)
         # Fewer blocks lose less accuracy, so they go first among those that cost about the same.
         return sorted(found, key=lambda c: (math.floor((c[0] - cheapest) / _SAME_COST), c[1]))
+
+    def _candidate(self, blocks: int, bound: float) -> tuple[float, int, tuple[str, ...], tuple[str, ...]] | None:
+        """That of so many blocks, if there is one."""
+        estimate, joint = self.estimate(blocks), self._joint(blocks)
+        share = joint.share_of(self.profile.batch)
+        alone = share > 0 and joint.weight == 1
+        within = bound - self._auxiliary_bytes(estimate, blocks)
+        if self._joint_bytes(estimate, blocks) > within:
+            return None
+        if share < 1 and share * estimate.block_bytes(0, len(cut_places(self.profile)) - 1) <= within:
+            within /= 1 - share  # the joint images fit as they are, and only the others go through the blocks
+
+        def cost(i: int, j: int) -> int:
+            return min(estimate.block_bytes(i, j), estimate.recomputed_bytes(i, j))
+
+        def price(i: int, j: int) -> int:
+            again = estimate.forward_flops(i, j) if estimate.block_bytes(i, j) > within else 0
+            return again if alone else again + estimate.extra_flops(i, j)
+
+        best = cheapest_cuts(self.profile, blocks, cost, price, within)
+        if best is None:
+            return None
+        total: float = best[0]
+        cuts = best[1]
+        recompute = tuple(
+            f"block{k}"
+            for k, (i, j) in enumerate(itertools.pairwise(block_ends(self.profile, cuts)), 1)
+            if estimate.block_bytes(i, j) > within
+        )
+        if alone:
+            if not recompute:  # as the same number of blocks has them where there is no budget
+                cuts = choose_cuts(self.profile, blocks, estimate.block_bytes)
+            total = estimate.extra_flops_alone(make_plan(self.profile, cuts=cuts, recompute=recompute), share)
+        return total / (3 * (self.profile.flops or 1)), blocks, cuts, recompute
 
     def _smallest(self) -> Forecast:
         """The smallest peak that is found, by estimates: over all numbers of blocks, everything recomputed or not."""
@@ -534,18 +533,20 @@ class _Bench:
                 cost = estimate.recomputed_bytes if again else estimate.block_bytes
                 cuts = choose_cuts(self.profile, blocks, cost)
                 largest = max(cost(i, j) for i, j in itertools.pairwise(block_ends(self.profile, cuts)))
-                held = max(largest, self._joint(estimate, blocks)[1])
+                held = max(largest, self._joint_bytes(estimate, blocks))
                 options.append((held + self._auxiliary_bytes(estimate, blocks), cuts, again))
         found = [self.run(**_cut_at(cuts), recompute=again) for _, cuts, again in sorted(options)[:3]]
         return min(found, key=lambda forecast: forecast.cost.peak_bytes)
 
-    def _joint(self, estimate: Estimate, blocks: int) -> tuple[float, float, bool]:
-        """The share of the batch that is joint, what it holds at least (all units recomputed), whether it is alone."""
-        batch, units = self.profile.batch, len(cut_places(self.profile)) - 1
-        joint = self.rule.joint(self.task, blocks, batch)
-        share = joint.share_of(batch)
-        held = share * min(estimate.block_bytes(0, units), estimate.recomputed_bytes(0, units))
-        return share, held, bool(share) and joint.weight == 1
+    def _joint(self, blocks: int) -> rules.Joint:
+        """The joint images of so many blocks."""
+        return self.rule.joint(self.task, blocks, self.profile.batch)
+
+    def _joint_bytes(self, estimate: Estimate, blocks: int) -> float:
+        """What the joint images hold at least, with all units recomputed."""
+        units = len(cut_places(self.profile)) - 1
+        share = self._joint(blocks).share_of(self.profile.batch)
+        return share * min(estimate.block_bytes(0, units), estimate.recomputed_bytes(0, units))
 
     def _auxiliary_bytes(self, estimate: Estimate, blocks: int) -> float:
         """What all auxiliary networks hold, about: weights, gradients and, with an optimizer, a moment."""
@@ -580,7 +581,7 @@ class _Bench:
             if self.autocast is None:
                 helps.append("bf16 precision, which about halves the activations")
             helps.append("smaller images")
-            joint = self.rule.joint(self.task, best.plan.blocks, batch).images(batch)
+            joint = self._joint(best.plan.blocks).images(batch)
             if best.plan.blocks > 1 and joint > 1:
                 helps.append(f"fewer joint images than {joint} of the batch (the rule's option joint), or none")
         how = f"{best.plan.blocks} blocks" if best.plan.blocks > 1 else "one block"
