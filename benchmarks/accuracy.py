@@ -7,8 +7,7 @@ Runs `glcan.report.compare` and copies what it wrote into benchmarks/results/NAM
     python benchmarks/accuracy.py photographs_edsr_small --data-root DIR --share-exact   # DIR/train/*, DIR/test/*
     python benchmarks/accuracy.py scenes_fcos_small --share-exact
 
-On CPUs of few cores it pays to train several runs side by side, one thread each: ``--only METHOD:SEED``, then again
-without it, which collects them.
+On CPUs of few cores it pays to train several runs side by side, with one thread each: ``--jobs 2``.
 """
 
 from __future__ import annotations
@@ -20,11 +19,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from glcan.cli.options import pairs
 from glcan.errors import GlcanError
-from glcan.report import compare, train_run
+from glcan.report import compare
 from glcan.training import RunConfig, load_recipe
 from glcan.training.run import write_json
 
@@ -83,7 +80,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="where the runs go, and are continued (default: runs/NAME)")
     parser.add_argument("--results", type=Path, help="default: benchmarks/results/NAME")
     parser.add_argument("--share-exact", action="store_true", help="do not train checkpointing, only meter it")
-    parser.add_argument("--only", metavar="METHOD:SEED", help="train this run, on one thread, and stop: glcan:4:0")
+    parser.add_argument("--jobs", type=int, default=1, help="runs trained side by side (default: %(default)s)")
     options = parser.parse_args()
 
     chosen = COMPARISONS[options.name]
@@ -107,12 +104,7 @@ def main() -> None:
         if options.rule_option:
             changes["rule_options"] = pairs("--rule-option", options.rule_option)
         config = chosen.config(**changes)
-        if options.only:
-            method, _, seed = options.only.rpartition(":")
-            torch.set_num_threads(1)
-            train_run(config, methods, seeds, out, method=method, seed=int(seed), progress=False)
-            return
-        comparison = compare(config, methods, seeds, out, share_exact=options.share_exact)
+        comparison = compare(config, methods, seeds, out, share_exact=options.share_exact, jobs=options.jobs)
     except GlcanError as error:
         print(error, file=sys.stderr)
         sys.exit(2)

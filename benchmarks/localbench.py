@@ -22,15 +22,12 @@ import dataclasses
 import gc
 import hashlib
 import json
-import multiprocessing
-import os
 import statistics
 import sys
-import threading
 import warnings
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +51,7 @@ from glcan.sizes import format_bytes, format_scaled
 from glcan.training import MEASURES, RunConfig, build, environment, load_data, load_model, train
 from glcan.training.config import PLACE_FIELDS
 from glcan.training.run import write_json
+from glcan.training.side_by_side import completed, cpus
 from glcan.training.trainer import to_device
 
 RESULTS = Path(__file__).parent / "results" / "localbench"
@@ -290,32 +288,28 @@ class Plan:
         return Job(config, self.runs / self.name / label, self.results / f"{label}.json", row)
 
 
-def run(job: Job, threads: int) -> str:
-    """Train, meter and probe one run, and write its file; returns what went wrong, or nothing."""
+def run(job: Job) -> None:
+    """Train, meter and probe one run, and write its file."""
     warnings.simplefilter("ignore")
-    torch.set_num_threads(threads)
-    try:
-        summary = train(job.config, job.folder, resume=True, progress=False)
-        data = load_data(job.config)
-        learner = build(job.config, data)
-        learner.model.load_state_dict(load_model(job.folder).state_dict())
-        main = MEASURES[job.config.task].main
-        validation = next(metric.value for metric in summary.val_metrics if metric.name == main)
-        probes = linear_probes(learner, data, job.config) if job.config.task == "classification" else []
-        layout = torch.channels_last if job.config.channels_last else torch.contiguous_format
-        device = next(learner.model.parameters()).device
-        batch = to_device(next(iter(data.loader("train", job.config.batch))), device, layout)
-        shares = phases(job.config, learner.plan.blocks)
-        costs = {}
-        for phase in shares:
-            if phase == LAST:
-                del learner
-                gc.collect()
-                learner = build(config_of(phase, job.config), data)
-            costs[phase] = measure_step(enter(learner, phase), *batch)
-        cost = averaged(costs, shares)
-    except GlcanError as error:
-        return f"{job.file.stem}: {error}"
+    summary = train(job.config, job.folder, resume=True, progress=False)
+    data = load_data(job.config)
+    learner = build(job.config, data)
+    learner.model.load_state_dict(load_model(job.folder).state_dict())
+    main = MEASURES[job.config.task].main
+    validation = next(metric.value for metric in summary.val_metrics if metric.name == main)
+    probes = linear_probes(learner, data, job.config) if job.config.task == "classification" else []
+    layout = torch.channels_last if job.config.channels_last else torch.contiguous_format
+    device = next(learner.model.parameters()).device
+    batch = to_device(next(iter(data.loader("train", job.config.batch))), device, layout)
+    shares = phases(job.config, learner.plan.blocks)
+    costs = {}
+    for phase in shares:
+        if phase == LAST:
+            del learner
+            gc.collect()
+            learner = build(config_of(phase, job.config), data)
+        costs[phase] = measure_step(enter(learner, phase), *batch)
+    cost = averaged(costs, shares)
     job.file.parent.mkdir(parents=True, exist_ok=True)
     record = job.row | {
         "metric": main,
@@ -336,7 +330,6 @@ def run(job: Job, threads: int) -> str:
         "environment": environment(),
     }
     write_json(job.file, record)
-    return ""
 
 
 @torch.no_grad()
@@ -378,32 +371,6 @@ def linear_probes(learner: LocalLearner, data: Any, config: RunConfig) -> list[f
     return accuracies
 
 
-def end_with_parent() -> None:
-    """Begun in a process of `alone`: ends it when the bench is gone, killed by the system or by a user."""
-
-    def watch() -> None:
-        parent = multiprocessing.parent_process()
-        assert parent is not None
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def alone(job: Job, threads: int) -> str:
-    """`run` in a process of its own, whose memory is given back and whose end by the system is no end of the bench.
-
-    One pool for all jobs with ``max_tasks_per_child`` would be shorter, but it stops for good when all of its processes
-    have made their share (https://github.com/python/cpython/issues/115634).
-    """
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context, initializer=end_with_parent) as pool:
-        try:
-            return pool.submit(run, job, threads).result()
-        except BrokenProcessPool:
-            return f"{job.file.stem}: its process was killed, perhaps for want of memory; try --jobs 1"
-
-
 def taken_over(job: Job) -> bool:
     """Whether another bench or row has made the very same run: then its record is this row's, too."""
     digest = job.file.stem.rpartition("-")[2]
@@ -420,20 +387,17 @@ def work(jobs: Iterable[Job], count: int, title: str, console: Console) -> None:
     missing = list({job.file: job for job in jobs if not (job.file.exists() or taken_over(job))}.values())
     if not missing:
         return
-    threads = max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) // count))  # OMP_NUM_THREADS counts
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("runs"))
     failures: list[str] = []
     with (
         Progress(*columns, TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(), console=console) as progress,
-        ThreadPoolExecutor(count) as pool,
+        closing(completed([partial(run, job) for job in missing], count)) as results,
     ):
         task = progress.add_task(title, total=len(missing))
-        try:
-            for done in as_completed([pool.submit(alone, job, threads) for job in missing]):
-                failures += filter(None, [done.result()])
-                progress.advance(task)
-        finally:  # interrupted: the runs that have not begun are not begun
-            pool.shutdown(cancel_futures=True)
+        for index, result in results:
+            if isinstance(result, GlcanError):
+                failures.append(f"{missing[index].file.stem}: {result}")
+            progress.advance(task)
     for failure in failures:
         console.print(failure, style="red", highlight=False, markup=False)
     if failures:
@@ -593,7 +557,7 @@ def main() -> None:
             parser.error(f"there is no bench {name!r}; choose from {', '.join(BENCHES)}")
     console = Console(stderr=True)
     place = {"device": options.device, "cuda_graph": options.cuda_graph}
-    jobs = options.jobs or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
+    jobs = options.jobs or (1 if torch.cuda.is_available() else cpus())
     for name in options.bench or BENCHES:
         bench = quick(name) if options.quick else BENCHES[name]
         try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class GlcanError(Exception):
@@ -35,6 +36,10 @@ class UnknownName(GlcanError):
             remedy = f"Choose one of the {len(known)} known ones, for example {', '.join(known[:8])}."
         super().__init__(" ".join(filter(None, (f"Unknown {kind} {name!r}.", remedy, hint))))
         self.kind, self.name, self.near = kind, name, near
+        self._arguments = kind, name, known, hint
+
+    def __reduce__(self) -> tuple[Any, ...]:  # the base class would be made from the message alone
+        return UnknownName, self._arguments
 
 
 class ConfigError(GlcanError):

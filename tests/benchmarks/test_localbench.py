@@ -2,17 +2,14 @@
 
 import dataclasses
 import json
-import operator
-import os
-import subprocess
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
+from glcan.errors import CutError
 from glcan.rules import RULES
+from glcan.training import resolve_device
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SETTINGS = {"model": "cifar_resnet20", "data": "digits", "limit": 160, "val": 64, "epochs": 1, "batch": 32}
@@ -37,7 +34,7 @@ def plan(localbench, tmp_path_factory):
     for jobs in (plan.choices, plan.final):
         for job in jobs():
             if not job.file.exists():
-                assert localbench.run(job, 1) == ""
+                localbench.run(job)
     return plan
 
 
@@ -85,40 +82,25 @@ def test_a_run_that_another_bench_has_made_is_not_made_again(localbench, plan):
     assert json.loads(job.file.read_text()) == made | {"bench": "other", "entry": "as dgl"}
 
 
-def test_more_jobs_than_a_process_pool_would_have_survived(localbench, tmp_path, monkeypatch):
-    monkeypatch.setattr(localbench, "run", operator.is_)  # what a new process can import; false: nothing went wrong
-    jobs = [SimpleNamespace(file=tmp_path / f"bench/{i}.json") for i in range(5)]
-    localbench.work(jobs, 1, "many", Console(quiet=True))
+def test_what_went_wrong_is_said_at_the_end_of_the_bench(localbench, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(localbench, "run", resolve_device)  # what a new process can import
+    jobs = [Job(tmp_path / f"bench/{name}.json", name) for name in ("cuda:99", "cpu", "meta")]
+    with pytest.raises(SystemExit) as ended:
+        localbench.work(jobs, 2, "three", Console(stderr=True, width=300))
+    assert ended.value.code == 2
+    assert "cuda:99: device = 'cuda:99' cannot be used" in capsys.readouterr().err
 
 
-def test_a_run_whose_process_is_killed_is_told_of(localbench, tmp_path, monkeypatch):
-    monkeypatch.setattr(localbench, "run", os.kill)
-    assert "killed" in localbench.alone(Doomed(), 9)
+class Job(str):
+    """A job that is, where it arrives, a word."""
 
-
-def test_a_run_ends_with_the_bench_that_was_killed(tmp_path):
-    script = tmp_path / "bench.py"
-    script.write_text(
-        f"import sys, time; sys.path.insert(0, {str(BENCHMARKS)!r})\n"
-        "import localbench\n"
-        "def wait(job, threads):\n"
-        "    print('begun', flush=True); time.sleep(600)\n"
-        "localbench.run = wait\n"
-        "if __name__ == '__main__': localbench.alone(None, 1)\n"
-    )
-    bench = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE)
-    assert bench.stdout.readline() == b"begun\n"
-    bench.kill()
-    bench.communicate(timeout=100)  # until the run, too, has let go of the output
-
-
-class Doomed(int):
-    """A job that is, where it arrives, the number of the process it has arrived in."""
-
-    file = Path("doomed.json")
+    def __new__(cls, file, word):
+        job = super().__new__(cls, word)
+        job.file = file
+        return job
 
     def __reduce__(self):
-        return os.getpid, ()
+        return str, (str(self),)
 
 
 def test_the_table_has_the_mean_over_the_seeds_that_are_there(localbench, plan):
@@ -138,7 +120,8 @@ def test_the_table_has_the_mean_over_the_seeds_that_are_there(localbench, plan):
 def test_a_run_that_cannot_be_made_is_named(localbench, plan):
     bench = dataclasses.replace(plan.bench, entries=(localbench.Entry("too many", "dgl"),), blocks=(99,), rates=(0.1,))
     (job, *_) = localbench.Plan("bad", bench, plan.results, plan.runs, {"device": "cpu"}).final()
-    assert "99" in localbench.run(job, 1)
+    with pytest.raises(CutError, match="99"):
+        localbench.run(job)
     assert not job.file.exists()
 
 

@@ -20,6 +20,7 @@ from glcan.data import load
 from glcan.errors import ConfigError
 from glcan.training import RunConfig, RunDirectory
 from glcan.training.config import flag
+from glcan.training.side_by_side import cpus
 
 QUICK = ["--limit", "96", "--batch", "32", "--epochs", "2", "--blocks", "2", "--lr", "0.05", "--device", "cpu"]
 
@@ -260,19 +261,20 @@ def test_compare_hands_over_what_was_given(glcan, tmp_path, monkeypatch):
     assert glcan("compare").exit_code == 0
     assert glcan("compare", "--batch", "4").exit_code == 0
     assert calls.pop()[0][1] == ["e2e", "checkpoint", "glcan:4", "glcan:4+start"]
-    quiet = glcan("compare", "--methods", "e2e, glcan:2", "--seeds", "3,4", "--lr", "0.2", "--quiet")
+    quiet = glcan("compare", "--methods", "e2e, glcan:2", "--seeds", "3,4", "--lr", "0.2", "--quiet", "--jobs", "3")
     assert quiet.exit_code == 0
     assert "the table" in quiet.output
     (config, methods, seeds, out), options = calls[0]
     assert (config, seeds) == (RunConfig(), [0])
     assert methods == ["e2e", "checkpoint", "e2e+accumulate:4", "glcan:4", "glcan:4+start"]
-    assert (str(out), options) == ("runs/compare-digits-cifar_resnet20", {"progress": True, "share_exact": False})
+    assert str(out) == "runs/compare-digits-cifar_resnet20"
+    assert options == {"progress": True, "share_exact": False, "jobs": 1 if torch.cuda.is_available() else 2 * cpus()}
     (config, methods, seeds, out), options = calls[1]
     assert (config.lr, methods, seeds, options) == (
         0.2,
         ["e2e", "glcan:2"],
         [3, 4],
-        {"progress": False, "share_exact": False},
+        {"progress": False, "share_exact": False, "jobs": 3},
     )
     calls.clear()
     assert [glcan("compare", "detection", *flag).exit_code for flag in ([], ["--train-exact"])] == [0, 0]
@@ -283,7 +285,7 @@ def test_compare_hands_over_what_was_given(glcan, tmp_path, monkeypatch):
 
 
 def test_compare(glcan, tmp_path):
-    arguments = ["--limit", 64, "--batch", 32, "--epochs", 1, "--device", "cpu", "--share-exact"]
+    arguments = ["--limit", 64, "--batch", 32, "--epochs", 1, "--device", "cpu", "--share-exact", "--jobs", 1]
     result = glcan("compare", *arguments, "--methods", "e2e,glcan:2,checkpoint", "--out", tmp_path)
     assert result.exit_code == 0, result.output
     comparison = json.loads((tmp_path / "comparison.json").read_text())
@@ -322,6 +324,24 @@ def test_stopping_a_process(tmp_path, number, code):
     assert "Traceback" not in errors
     progress = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["progress"]
     assert progress["step"] > 0
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stopping_a_comparison_side_by_side(tmp_path, number, code):
+    small = ["--limit", 96, "--batch", 32, "--epochs", 100000, "--device", "cpu", "--jobs", 2, "--out", tmp_path]
+    process = start("compare", *small, "--methods", "e2e,glcan:2")
+    runs = [RunDirectory(tmp_path / folder / "seed0") for folder in ("e2e", "glcan-2")]
+    deadline = time.monotonic() + 100
+    while not all(run.checkpoint.exists() for run in runs) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(process.pid, number)
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == code, errors
+    assert errors.endswith(f"Stopped. The same command with --out {tmp_path} continues.\n")
+    assert "Traceback" not in errors
+    assert "e2e, seed 0: epoch 1/100000" in errors
+    for run in runs:
+        assert torch.load(run.checkpoint, weights_only=True)["progress"]["step"] > 0
 
 
 # ---------------------------------------------------------------- plan

@@ -142,7 +142,7 @@ def test_predict_refuses(glcan, enlarger, photos, small, tmp_path, finished):
 
 def test_compare_has_a_row_for_bicubic(glcan, photos, tmp_path):
     place = ["--data", "photofolder", "--data-root", photos, "--out", tmp_path / "c"]
-    result = glcan("compare", "super-resolution", *QUICK, *place, "--methods", "e2e,checkpoint")
+    result = glcan("compare", "super-resolution", *QUICK, *place, "--methods", "e2e,checkpoint", "--jobs", 1)
     assert result.exit_code == 0, result.output
     found = json.loads((tmp_path / "c/comparison.json").read_text())
     assert [reference["name"] for reference in found["references"]] == ["bicubic"]

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from glcan import measure_step
-from glcan.errors import ConfigError, CutError, RunError, UnknownName
-from glcan.report import compare, costs, train_run
+from glcan.errors import ConfigError, CutError, NonFiniteLoss, RunError, UnknownName
+from glcan.report import compare, costs
 from glcan.report.compare import _configs
 from glcan.report.methods import parse_methods
 from glcan.training import RunConfig, build, load_data, read_metrics
@@ -64,6 +64,28 @@ def test_the_json_file_holds_what_was_returned_with_the_promised_keys(done):
         assert method["vs_e2e"].keys() == {
             "metric_delta", "peak_ratio", "activation_ratio", "time_ratio", "flops_ratio",
         }  # fmt: skip
+
+
+def test_side_by_side_the_same_comes_out(tmp_path, capsys):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as those have that run side by side, of one for all
+    try:
+        results = [
+            compare(tiny(), ["e2e", "glcan:2"], [0], tmp_path / str(jobs), progress=jobs > 1, jobs=jobs)
+            for jobs in (1, 2)
+        ]
+    finally:
+        torch.set_num_threads(threads)
+    one, two = [[(method["metric"], method["curve"]) for method in result["methods"]] for result in results]
+    assert one == two
+    lines = capsys.readouterr().err
+    assert "2 runs, 2 side by side" in lines
+    assert "glcan:2, seed 0: epoch 2/2" in lines
+
+
+def test_an_error_in_a_process_names_the_run(tmp_path):
+    with pytest.raises(NonFiniteLoss, match=r"^e2e, seed [34]: .* became"):
+        compare(tiny(lr=1e30, warmup_epochs=0), ["e2e"], [3, 4], tmp_path, progress=False, jobs=2)
 
 
 def test_metrics_are_those_of_the_runs_with_sample_standard_deviation(done):
@@ -197,9 +219,9 @@ def test_a_folder_with_other_files_and_a_file_are_refused(tmp_path):
     assert note.read_text() == "years of work"
 
 
-def test_runs_may_begin_in_the_same_moment(tmp_path):
-    (tmp_path / ".request.json.123.tmp").write_text("{")  # of another process, which has not come to its end
-    train_run(tiny(epochs=1), ["e2e"], [0], tmp_path, method="e2e", seed=0, progress=False)
+def test_a_request_half_written_by_a_killed_process_is_no_other_file(tmp_path):
+    (tmp_path / ".request.json.123.tmp").write_text("{")
+    compare(tiny(epochs=1), ["e2e"], [0], tmp_path, progress=False)
     assert (tmp_path / "e2e" / "seed0" / "summary.json").exists()
 
 
@@ -268,16 +290,3 @@ def test_every_learner_takes_its_turn_in_each_round():
     seconds = costs.time_steps({"a": Counter("a"), "b": Counter("b")}, (torch.zeros(1),))
     assert order == ["a", "b"] * (costs.WARMUP_ROUNDS + 3)
     assert all(len(values) == 3 and all(math.isfinite(value) for value in values) for values in seconds.values())
-
-
-def test_runs_can_be_trained_one_by_one_and_collected(tmp_path):
-    config, methods = tiny(epochs=1), ["e2e", "glcan:2"]
-    first = train_run(config, methods, [0], tmp_path, method="glcan:2", seed=0, progress=False)
-    assert not (tmp_path / "comparison.json").exists()
-    before = (tmp_path / "glcan-2" / "seed0" / "model.safetensors").stat().st_mtime_ns
-    result = compare(config, methods, [0], tmp_path, progress=False)
-    assert result["methods"][1]["metric"]["values"] == [first.metric.value]
-    assert (tmp_path / "glcan-2" / "seed0" / "model.safetensors").stat().st_mtime_ns == before  # not trained again
-    for method, seed in (("glcan:4", 0), ("e2e", 1)):
-        with pytest.raises(ConfigError, match="is not in this comparison"):
-            train_run(config, methods, [0], tmp_path, method=method, seed=seed)

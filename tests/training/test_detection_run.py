@@ -150,7 +150,7 @@ def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "none" in table
     assert "--top is not for the run's task 'detection'" in glcan("predict", "run", "a/one.jpg", "--top", "2", code=2)
     assert Path("elsewhere/one.png").is_file()
-    glcan("compare", "detection", "--out", "compared", "--quiet", *small)
+    glcan("compare", "detection", "--out", "compared", "--quiet", "--jobs", "1", *small)
     compared = json.loads(Path("compared/comparison.json").read_text())
     assert [method["name"] for method in compared["methods"]] == ["e2e", "checkpoint", "dgl:4", "glcan:4"]
     assert compared["methods"][1]["metric"]["same_as"] == "e2e"

@@ -41,6 +41,14 @@ def compare(
             "[default: trained; detection: metered]",
         ),
     ] = None,
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Runs trained side by side, each with its part of the CPU threads. [default: 2 for each CPU, where runs "
+            "are trained on CPUs, else 1]",
+        ),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress, only the result.")] = False,
     *,
     given: dict[str, Any],
@@ -57,6 +65,8 @@ def compare(
     from glcan.errors import ConfigError
     from glcan.report import compare as run_comparison
     from glcan.report.tables import terminal
+    from glcan.training import resolve_device
+    from glcan.training.side_by_side import cpus
 
     try:
         numbers = [int(seed) for seed in seeds.split(",")]
@@ -72,6 +82,15 @@ def compare(
     names = [name.strip() for name in methods.split(",") if name.strip()]
     if share_exact is None:
         share_exact = config.task == "detection"  # minutes of training there
-    result = run_comparison(config, names, numbers, out, progress=not quiet, share_exact=share_exact)
+    if jobs is None:  # with one for each CPU, some would be idle at the end, when the last of few runs goes on alone
+        jobs = 2 * cpus() if resolve_device(config.device).type == "cpu" else 1
+    try:
+        result = run_comparison(config, names, numbers, out, progress=not quiet, share_exact=share_exact, jobs=jobs)
+    except (KeyboardInterrupt, SystemExit):
+        if out.exists():
+            Console(stderr=True).print(
+                f"Stopped. The same command with --out {out} continues.", highlight=False, markup=False, soft_wrap=True
+            )
+        raise
     if quiet:
         Console(highlight=False).print(terminal(result))

@@ -1,6 +1,6 @@
 """Comparisons of methods: run them, meter them, and put them into a table, a JSON file and plots."""
 
-from glcan.report.compare import compare, train_run
+from glcan.report.compare import compare
 from glcan.report.methods import Method, parse_method, parse_methods
 from glcan.report.results import Comparison, Curve, MethodResult, Metric, VersusE2E
 
@@ -14,5 +14,4 @@ __all__ = [
     "compare",
     "parse_method",
     "parse_methods",
-    "train_run",
 ]

@@ -7,24 +7,28 @@ import itertools
 import json
 import statistics
 from collections.abc import Iterator, Sequence
+from contextlib import closing
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
 
 from glcan import rules
-from glcan.errors import ConfigError, RunError
+from glcan.errors import ConfigError, GlcanError, RunError
 from glcan.learner import LocalLearner
 from glcan.memory import StepCost, measure_step
 from glcan.report import tables
 from glcan.report.costs import WARMUP_ROUNDS, averaged, config_of, enter, phases, time_steps, weights_sha256
 from glcan.report.methods import Method, parse_methods
 from glcan.report.results import Comparison, Curve, MethodResult, Metric, Reference, VersusE2E
-from glcan.training import RunConfig, Summary, build, environment, load_data, read_metrics, train
+from glcan.training import RunConfig, RunDirectory, Summary, build, environment, load_data, read_metrics, train
 from glcan.training.checkpoint import write_atomically
 from glcan.training.evaluation import MEASURES
+from glcan.training.progress import Board
 from glcan.training.run import write_json
+from glcan.training.side_by_side import completed
 from glcan.training.trainer import to_device
 
 REQUEST = "request.json"
@@ -44,6 +48,7 @@ def compare(
     *,
     progress: bool = True,
     share_exact: bool = False,
+    jobs: int = 1,
 ) -> Comparison:
     """Train every method with every seed, meter one step of each, and write down how they compare.
 
@@ -65,6 +70,9 @@ def compare(
         progress: report progress on standard error and print the table.
         share_exact: do not train the methods that compute what ``"e2e"`` does (checkpointing), but give them its
             metric, marked as such; their costs are measured all the same.
+        jobs: runs trained side by side, each in a process of its own with its part of the CPU threads; sums in another
+            order make them other runs than those with all threads. A script that asks for more than 1 needs
+            ``if __name__ == "__main__":`` around what it does.
 
     Returns:
         What ``comparison.json`` holds. Beside it are ``comparison.md`` and the two plots.
@@ -101,11 +109,13 @@ def compare(
     end_to_end = next((method for method in parsed if method.name == "e2e"), None)
     shared = [m for m in parsed if share_exact and end_to_end and rules.RULES[m.rule].exact and m.accumulate is None]
     trained = [method for method in parsed if method not in shared]
-    for i, (seed, method) in enumerate(itertools.product(seeds, trained)):
-        console.print(f"{method.name}, seed {seed} ({i + 1} of {len(seeds) * len(trained)} runs)", style="bold")
-        folder = out / method.folder / f"seed{seed}"
-        summaries[method.name].append(train(configs[seed][method], folder, resume=True, progress=progress))
-        curves[method.name].append(read_metrics(folder))
+    runs = [
+        _Run(method, seed, configs[seed][method], out / method.folder / f"seed{seed}")
+        for seed, method in itertools.product(seeds, trained)
+    ]
+    for run, summary in zip(runs, _train(runs, jobs, progress, console), strict=True):
+        summaries[run.method.name].append(summary)
+        curves[run.method.name].append(read_metrics(run.folder))
 
     for method in shared:
         assert end_to_end is not None
@@ -148,38 +158,40 @@ def compare(
     return comparison
 
 
-def train_run(
-    config: RunConfig,
-    methods: Sequence[str],
-    seeds: Sequence[int],
-    out: Path,
-    *,
-    method: str,
-    seed: int,
-    progress: bool = True,
-) -> Summary:
-    """One of the runs of a comparison: so that processes can train several side by side, which `compare` collects.
+class _Run(NamedTuple):
+    """One training of a comparison."""
 
-    Args:
-        config, methods, seeds, out: of the comparison, as `compare` takes them.
-        method, seed: the run; among those.
+    method: Method
+    seed: int
+    config: RunConfig
+    folder: Path
 
-    Raises:
-        ConfigError: it is not among them. Others as `compare`.
-    """
-    parsed = parse_methods(methods)
-    found = next((m for m in parsed if m.name == method), None)
-    if found is None or seed not in seeds:
-        raise ConfigError(
-            f"The run {method!r} with seed {seed} is not in this comparison; its methods are {', '.join(methods)}, its "
-            f"seeds {', '.join(map(str, seeds))}."
-        )
-    out, request = Path(out), _request(config, parsed, seeds)
-    _check_out(out, request)
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / REQUEST, request)
-    folder = out / found.folder / f"seed{seed}"
-    return train(_configs(config, parsed, seeds)[seed][found], folder, resume=True, progress=progress)
+    @property
+    def name(self) -> str:
+        return f"{self.method.name}, seed {self.seed}"
+
+
+def _train(runs: list[_Run], jobs: int, progress: bool, console: Console) -> list[Summary]:
+    """Train what is not trained yet, ``jobs`` side by side; the summaries of all."""
+    jobs = min(jobs, len(runs))
+    missing = [run for run in runs if not RunDirectory(run.folder).summary.exists()]
+    if jobs > 1 and missing:
+        console.print(f"{len(missing)} runs, {jobs} side by side", style="bold")
+        calls = [partial(train, run.config, run.folder, resume=True, progress=False) for run in missing]
+        with (
+            Board([(run.name, run.config, run.folder) for run in missing], progress) as board,
+            closing(completed(calls, jobs, watch=board.update)) as results,
+        ):
+            for index, result in results:
+                if isinstance(result, GlcanError):
+                    result.args = (f"{missing[index].name}: {result}",)
+                    raise result
+    summaries = []
+    for i, run in enumerate(runs):
+        if run in missing and jobs == 1:
+            console.print(f"{run.name} ({i + 1} of {len(runs)} runs)", style="bold")
+        summaries.append(train(run.config, run.folder, resume=True, progress=progress))
+    return summaries
 
 
 def _configs(config: RunConfig, methods: list[Method], seeds: Sequence[int]) -> dict[int, dict[Method, RunConfig]]:
@@ -238,7 +250,7 @@ def _check_out(out: Path, request: dict[str, Any]) -> None:
     if not out.is_dir():
         raise RunError(f"{out} is a file, but a comparison needs a directory. Choose another --out.")
     names = (entry.name for entry in out.iterdir())
-    found = sorted(name for name in names if not name.startswith(f".{REQUEST}."))  # being written by a run beside this
+    found = sorted(name for name in names if not name.startswith(f".{REQUEST}."))  # half written by a killed process
     if not found:
         return
     if REQUEST not in found:

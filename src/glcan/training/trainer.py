@@ -6,14 +6,11 @@ import functools
 import itertools
 import math
 import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,6 +26,7 @@ from glcan.training.evaluation import MEASURES, evaluate
 from glcan.training.progress import Reporter
 from glcan.training.run import Metric, RunDirectory, Summary, write_json
 from glcan.training.schedule import frozen_blocks, learning_rate, local_steps, schedule_share, start_steps
+from glcan.training.stop import Stop, Stopped
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -226,45 +224,6 @@ class _Progress:
     peak_bytes: int = 0
 
 
-class _Stop:
-    """Notes SIGINT and SIGTERM, so that the loop can stop between two batches; a second one acts at once."""
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> _Stop:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._restore()
-
-    def check(self) -> None:
-        """Raise `_Stopped` if a signal came."""
-        if self.signal is not None:
-            raise _Stopped
-
-    def exception(self) -> BaseException:
-        """What ends the process as the signal would have."""
-        return KeyboardInterrupt() if self.signal == signal.SIGINT else SystemExit(128 + (self.signal or 0))
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous.clear()
-
-
-class _Stopped(Exception):
-    """A signal asked the loop to stop."""
-
-
 class _Training:
     """One run in a directory that it has claimed."""
 
@@ -284,7 +243,7 @@ class _Training:
         self.steps_per_epoch = len(data.loader("train", config.batch))
         self.state = _Progress()
         self.history: list[dict[str, Any]] = []
-        self.stop = _Stop()
+        self.stop = Stop()
         self.local_steps = local_steps(config, self.steps_per_epoch)
         self.plan, self.auxiliary_parameters = learner.plan, _count(learner.auxiliary)
         self._pending: tuple[int, int, list[str], Tensor, torch.cuda.Event | None] | None = None
@@ -324,7 +283,7 @@ class _Training:
                     _log(board, record)
                     report.epoch(record)
                     self.stop.check()
-            except _Stopped:
+            except Stopped:
                 self._save()
                 raise self.stop.exception() from None
             return self._finish()
