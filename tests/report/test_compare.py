@@ -271,8 +271,10 @@ def test_the_kinds_of_steps_and_their_shares():
     assert costs.phases(config, 1) == {0: 1}
     assert costs.phases(config, 3) == {0: 0.5, 1: 0.25, 2: 0.25}
     assert costs.phases(tiny(), 3) == {0: 1}
-    assert costs.phases(tiny(freeze=0.5, finish=0.5), 2) == {0: 0.25, 1: 0.25, costs.FINISH: 0.5}
-    both = tiny(start=0.25, freeze=0.5, finish=0.5)
+    assert costs.phases(tiny(freeze=0.5, finish=0.25), 2) == {0: 0.5, 1: 0.25, costs.FINISH: 0.25}
+    assert costs.phases(tiny(freeze=0.8, finish=0.25), 3) == {0: 0.75, costs.FINISH: 0.25}
+    assert costs.phases(tiny(freeze=0.5, finish=0.5, finish_lr=0.1), 2) == {0: 0.25, 1: 0.25, costs.FINISH: 0.5}
+    both = tiny(start=0.25, freeze=0.5, finish=0.5, finish_lr=0.1)
     assert costs.phases(both, 2) == {costs.START: 0.25, 1: 0.25, costs.FINISH: 0.5}
     assert costs.phases(tiny(start=0.25), 3) == {costs.START: 0.25, 0: 0.75}
 

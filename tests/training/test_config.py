@@ -32,7 +32,10 @@ from glcan.training.schedule import frozen_blocks, learning_rate, local_steps, s
         ),
         ({"momentum": 0}, "nesterov = true needs momentum above 0; set --momentum 0.9 or --no-nesterov"),
         ({"epochs": 3, "warmup_epochs": 5}, "warmup_epochs = 5 must be less than epochs = 3"),
-        ({"epochs": 4, "warmup_epochs": 3, "finish": 0.5}, "must be less than epochs = 4 less the finish of 0.5"),
+        (
+            {"epochs": 4, "warmup_epochs": 3, "finish": 0.5, "finish_lr": 0.1},
+            "must be less than epochs = 4 less the finish of 0.5",
+        ),
         ({"finish": 0.6}, "finish = 0.6: should be less than or equal to 0.5"),
         ({"finish_lr": 0.1}, "finish_lr = 0.1 is of a finish; set --finish 0.1"),
         ({"start": 0.1, "rule": "e2e"}, "start = 0.1 begins local learning end to end, and the baseline 'e2e' trains"),
@@ -186,7 +189,9 @@ def test_blocks_freeze_one_after_the_other():
     assert not any(frozen_blocks(RunConfig(epochs=10), step, 8, 3) for step in range(80))
     assert not any(frozen_blocks(config, step, 8, 1) for step in range(80))
     finished = RunConfig(epochs=10, freeze=0.5, finish=0.2)  # 64 steps before the finish
-    assert [frozen_blocks(finished, step, 8, 2) for step in range(64)] == [0] * 32 + [1] * 32
+    assert [frozen_blocks(finished, step, 8, 2) for step in range(64)] == [0] * 40 + [1] * 24
+    own = RunConfig(epochs=10, freeze=0.5, finish=0.2, finish_lr=0.1)
+    assert [frozen_blocks(own, step, 8, 2) for step in range(64)] == [0] * 32 + [1] * 32
 
 
 @pytest.mark.parametrize("freeze", [0.1, 0.3, 0.55, 0.7, 0.9])
@@ -197,17 +202,22 @@ def test_a_block_that_is_not_frozen_has_a_learning_rate(freeze):
             assert 0 <= learning_rate(config, step / schedule_share(config, block, 6), 10) <= config.lr
 
 
-def test_the_finish_has_one_cycle_of_its_own():
-    values = rates(finish=0.2, warmup_epochs=0)
+def test_the_schedule_goes_on_in_the_finish():
+    for schedule in ("cosine", "onecycle", "halving", "tenths"):
+        assert rates(finish=0.2, schedule=schedule) == rates(schedule=schedule)
+
+
+def test_a_finish_may_have_one_cycle_of_its_own():
+    values = rates(finish=0.2, warmup_epochs=0, finish_lr=0.2)
     shorter = [learning_rate(RunConfig(epochs=8, lr=0.4, warmup_epochs=0), step, 7) for step in range(56)]
     assert values[:56] == shorter  # the schedule comes to its end before
-    # 14 steps: up for 4.2 of them from 1/25 to half of the peak, then down
+    # 14 steps: up for 4.2 of them from 1/25 to the peak, then down
     assert values[56] == pytest.approx(0.2 / 25)
     assert max(values[56:]) == values[60] == pytest.approx(0.2, rel=0.02)
     assert all(a < b for a, b in itertools.pairwise(values[56:61]))
     assert all(a > b > 0 for a, b in itertools.pairwise(values[60:]))
     assert max(rates(finish=0.2, finish_lr=0.04)[56:]) == pytest.approx(0.04, rel=0.02)
-    assert RunConfig(epochs=50, schedule="onecycle", finish=0.5).warmup == 7.5
+    assert RunConfig(epochs=50, schedule="onecycle", finish=0.5, finish_lr=0.1).warmup == 7.5
     assert (local_steps(RunConfig(epochs=1, finish=0.01), 3), local_steps(RunConfig(epochs=2), 3)) == (2, 6)
 
 

@@ -131,7 +131,7 @@ def test_the_start_trains_the_whole_model_and_the_auxiliary_networks_beside_it(t
     assert rates == [record["lr"] for record in plain]  # one schedule over the whole run
 
 
-def test_the_finish_trains_the_whole_model_with_a_new_optimizer(tiny, tmp_path):
+def test_a_finish_with_a_cycle_of_its_own_trains_the_whole_model_with_a_new_optimizer(tiny, tmp_path):
     config = tiny(finish=1 / 3, finish_lr=0.02)
     summary = train(config, tmp_path / "finish", progress=False)
     train(tiny(epochs=2), tmp_path / "local", progress=False)
@@ -150,6 +150,19 @@ def test_the_finish_trains_the_whole_model_with_a_new_optimizer(tiny, tmp_path):
         optimizer.zero_grad()
     finished = load_model(tmp_path / "finish").state_dict()
     assert all(torch.equal(finished[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("optimizer", [{"optimizer": "sgd"}, {"optimizer": "adamw", "lr": 1e-3}])
+def test_a_finish_goes_on_with_schedule_and_momentum(tiny, tmp_path, optimizer):
+    """One block learns as the whole model does, so that its finish is nothing new."""
+    train(tiny(blocks=1, **optimizer), tmp_path / "plain", progress=False)
+    summary = train(tiny(blocks=1, finish=0.44, **optimizer), tmp_path / "finish", progress=False)
+    assert summary.train_loss.keys() == {"finish"}
+    records = [read_metrics(tmp_path / name) for name in ("plain", "finish")]
+    compared = [[(record["lr"], record["val_loss"]) for record in run] for run in records]
+    assert compared[0] == compared[1]
+    plain, finish = (load_model(tmp_path / name).state_dict() for name in ("plain", "finish"))
+    assert all(torch.equal(tensor, finish[name]) for name, tensor in plain.items())
 
 
 def test_an_epoch_in_which_the_finish_begins_has_the_losses_of_both(tiny, tmp_path):

@@ -45,8 +45,8 @@ def compare(
         int | None,
         typer.Option(
             min=1,
-            help="Runs trained side by side, each with its part of the CPU threads. [default: 2 for each CPU, where runs "
-            "are trained on CPUs, else 1]",
+            help="Runs trained side by side, each with its part of the CPU threads. [default: 2 for each CPU, where "
+            "runs are trained on CPUs, else 1]",
         ),
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress, only the result.")] = False,

@@ -54,7 +54,8 @@ def phases(config: RunConfig, blocks: int) -> dict[int, float]:
     `START` stands for steps at the beginning that train the whole model and the auxiliary networks beside it, `FINISH`
     for steps at the end that train the whole model, both with checkpointing.
     """
-    ends = [(1 - config.finish) * schedule_share(config, block, blocks) for block in range(blocks)]
+    ends = [config.scheduled * schedule_share(config, block, blocks) for block in range(blocks)]
+    ends = [min(end, 1 - config.finish) for end in ends]
     bounds = itertools.pairwise([config.start, *ends])
     shares = {frozen: end - begin for frozen, (begin, end) in enumerate(bounds)}
     phases = {START: config.start, **shares, FINISH: config.finish}

@@ -151,9 +151,10 @@ class RunConfig(BaseModel):
     """Share of the steps, at the beginning, that train the whole model at once with activation checkpointing, and the
     auxiliary networks beside it; the blocks learn by themselves afterwards. 0 for none."""
     finish: float = Field(default=0.0, ge=0, le=0.5)
-    """Share of the steps, at the end, that train the whole model at once with activation checkpointing; 0 for none."""
+    """Share of the steps, at the end, that train the whole model at once with activation checkpointing, while the
+    schedule goes on; 0 for none."""
     finish_lr: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    """Peak learning rate of the finish, which has one cycle of its own; default: half of --lr."""
+    """Peak learning rate of one more cycle, for the finish alone; the schedule then ends before it."""
 
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic: fp32, or bf16 autocast with fp32 weights."""
@@ -254,7 +255,7 @@ class RunConfig(BaseModel):
                     f"{name} = {getattr(self, name):g} has steps that train the whole model, and memory = "
                     f"{self.memory!r} plans for the blocks alone; give blocks = 4 (or cuts) in place of memory."
                 )
-        most = self.freeze * (1 - self.finish)
+        most = min(self.freeze * self.scheduled, 1 - self.finish)
         if self.start and self.start > most:
             raise ConfigError(
                 f"start = {self.start:g} is more than {most:g}, the share of the steps after which freeze = "
@@ -262,8 +263,8 @@ class RunConfig(BaseModel):
             )
         if self.optimizer == "sgd" and self.nesterov and self.momentum == 0:
             raise ConfigError("nesterov = true needs momentum above 0; set --momentum 0.9 or --no-nesterov.")
-        if self.warmup_epochs is not None and self.warmup_epochs >= self.local_epochs:
-            finish = f" less the finish of {self.finish:g}" if self.finish else ""
+        if self.warmup_epochs is not None and self.warmup_epochs >= self.scheduled * self.epochs:
+            finish = f" less the finish of {self.finish:g}" if self.scheduled < 1 else ""
             raise ConfigError(
                 f"warmup_epochs = {self.warmup_epochs:g} must be less than epochs = {self.epochs}{finish}; "
                 "lower --warmup-epochs or raise --epochs."
@@ -271,9 +272,9 @@ class RunConfig(BaseModel):
         return self
 
     @property
-    def local_epochs(self) -> float:
-        """Epochs before the finish; all of them without one."""
-        return self.epochs * (1 - self.finish)
+    def scheduled(self) -> float:
+        """Share of the steps over which the schedule runs: all, unless the finish has a cycle of its own."""
+        return 1 if self.finish_lr is None else 1 - self.finish
 
     @property
     def warmup(self) -> float:
@@ -282,7 +283,8 @@ class RunConfig(BaseModel):
             return self.warmup_epochs
         if self.schedule == "halving":
             return 0.0
-        return 0.3 * self.local_epochs if self.schedule == "onecycle" else min(1.0, self.local_epochs / 10)
+        epochs = self.scheduled * self.epochs
+        return 0.3 * epochs if self.schedule == "onecycle" else min(1.0, epochs / 10)
 
     def differences(self, other: RunConfig) -> dict[str, tuple[Any, Any]]:
         """Fields, those of place excepted, in which two configurations differ: {name: (own, other's)}."""

@@ -337,12 +337,12 @@ class _Training:
                     group["lr"] = rate
 
     def _begin_finish(self) -> None:
-        """From here on, the same model is trained end to end, with checkpointing and a new optimizer."""
+        """From here on, the same model is trained end to end, with checkpointing, without the auxiliary networks."""
         from glcan.learner import LocalLearner
 
         self._resolve_losses()
         self.state.finishing = True
-        model = self.learner.model
+        blocks, model = self.learner, self.learner.model
         batch = to_device(_first_batch(self.config, self.data, self.device), self.device, self.layout)
         with checkpoint.preserved_rng(self.device):
             self.learner = LocalLearner(
@@ -357,6 +357,11 @@ class _Training:
                 accumulate=self.config.accumulate,
                 cuda_graph=self.config.cuda_graph,
             ).train()
+        if self.config.finish_lr is None:  # no cycle of its own: momentum goes on as well
+            state = {parameter: state for each in blocks.optimizers for parameter, state in each.state.items()}
+            for optimizer in self.learner.optimizers:
+                for parameter in itertools.chain(*(group["params"] for group in optimizer.param_groups)):
+                    optimizer.state[parameter] = state.get(parameter, {})
 
     def _batches(self) -> Iterator[tuple[Any, ...]]:
         """The batches of the current epoch that are still to come."""
