@@ -132,6 +132,15 @@ _PARTS_OF_GLCAN: dict[str, dict[str, Any]] = {
     **{f"budget {share:.0%}": {"budget": share} | _UNLIMITED for share in (0.02, 0.05, 0.1, 0.2, 0.5)},
 }
 _RULES = _named("e2e", "predsim", "dgl", "infopro", "auglocal", "man", "manpp", "glcan")
+_DETECTION = {"task": "detection", "val": 200, "epochs": 16}
+_SUPER_RESOLUTION = {"task": "super-resolution", "val": 2, "epochs": 40}
+_ABLATION = (
+    Entry("glcan", "glcan"),
+    Entry("a quarter joint", "glcan", _QUARTER),
+    Entry("without joint images", "glcan", _ALONE),
+    Entry("global only, without joint images", "glcan", {"use_local": False} | _ALONE),
+    Entry("local only, without joint images", "glcan", {"use_global": False} | _ALONE),
+)
 
 BENCHES = {
     "classification": Bench(
@@ -149,7 +158,7 @@ BENCHES = {
         (0, 1, 2),
     ),
     "detection": Bench(
-        {"task": "detection", "val": 200, "epochs": 16},
+        _DETECTION,
         _named("e2e", "dgl", "glcan") + _started("detection", "dgl", "glcan") + _accumulated(4),
         (4,),
         (1e-3, 2e-3, 4e-3),
@@ -157,7 +166,7 @@ BENCHES = {
         {"limit": 600, "epochs": 4},
     ),
     "super-resolution": Bench(
-        {"task": "super-resolution", "val": 2, "epochs": 40},
+        _SUPER_RESOLUTION,
         (
             *_named("e2e", "glcan"),
             *_started("super-resolution", "glcan"),
@@ -187,6 +196,8 @@ BENCHES = {
         (0.2,),  # the choice of `glcan` with four blocks in the bench of classification
         (0, 1),
     ),
+    "ablation-detection": Bench(_DETECTION, _ABLATION, (4,), (4e-3,), (0, 1)),  # rates: as chosen for `glcan` above
+    "ablation-super-resolution": Bench(_SUPER_RESOLUTION, _ABLATION, (4,), (2e-3,), (0, 1)),
 }
 
 
@@ -196,14 +207,13 @@ def quick(name: str) -> Bench:
     images = {"limit": 3500, "val": 500, "epochs": 2, "warmup_epochs": 0.2}
     reductions: dict[str, dict[str, Any]] = {
         "classification": images,
-        "ablation": images,
         "detection": {"limit": 300, "val": 50, "epochs": 2},
         "super-resolution": {"epochs": 4, "crops": 32},
     }
-    small = reductions[name]
+    small = reductions[bench.settings.get("task", "classification")]
     if bench.settings.get("data") == "fashion-mnist" and SETS["fashion-mnist"].find(None) is None:
         small = small | {"data": "digits", "model": "cifar_resnet20", "limit": None, "val": 300, "epochs": 5}
-    entries = bench.entries if name != "ablation" else bench.entries[:3]
+    entries = bench.entries[:3] if name.startswith("ablation") else bench.entries
     rates = bench.rates[1:2] or bench.rates
     return dataclasses.replace(
         bench, settings=bench.settings | small, entries=entries, blocks=(4,), rates=rates, seeds=(0,), choice={}

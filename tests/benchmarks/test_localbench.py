@@ -125,7 +125,17 @@ def test_a_run_that_cannot_be_made_is_named(localbench, plan):
     assert not job.file.exists()
 
 
-@pytest.mark.parametrize("name", ["classification", "detection", "super-resolution", "ablation"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "classification",
+        "detection",
+        "super-resolution",
+        "ablation",
+        "ablation-detection",
+        "ablation-super-resolution",
+    ],
+)
 def test_every_bench_is_made_of_settings_and_rules_that_there_are(localbench, name, tmp_path):
     for bench in (localbench.BENCHES[name], localbench.quick(name)):
         plan = localbench.Plan(
