@@ -298,9 +298,9 @@ def test_compare(glcan, tmp_path):
 # ---------------------------------------------------------------- as a process
 
 
-def start(*arguments):
+def start(*arguments, **options):
     command = [sys.executable, "-m", "glcan", *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
 def test_a_mistake_in_a_process():
@@ -329,12 +329,12 @@ def test_stopping_a_process(tmp_path, number, code):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_stopping_a_comparison_side_by_side(tmp_path, number, code):
     small = ["--limit", 96, "--batch", 32, "--epochs", 100000, "--device", "cpu", "--jobs", 2, "--out", tmp_path]
-    process = start("compare", *small, "--methods", "e2e,glcan:2")
+    process = start("compare", *small, "--methods", "e2e,glcan:2", start_new_session=True)
     runs = [RunDirectory(tmp_path / folder / "seed0") for folder in ("e2e", "glcan-2")]
     deadline = time.monotonic() + 100
     while not all(run.checkpoint.exists() for run in runs) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
-    os.kill(process.pid, number)
+    os.killpg(process.pid, number)  # as a terminal does
     _, errors = process.communicate(timeout=100)
     assert process.returncode == code, errors
     assert errors.endswith(f"Stopped. The same command with --out {tmp_path} continues.\n")

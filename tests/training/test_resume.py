@@ -68,6 +68,22 @@ def test_sigterm_exits_with_143(tiny, tmp_path, before_step, same_run):
     same_run(tmp_path / "whole", tmp_path / "parts")
 
 
+@pytest.mark.parametrize(
+    ("number", "error", "steps"), [(signal.SIGINT, KeyboardInterrupt, 3), (signal.SIGTERM, SystemExit, 4)]
+)
+def test_a_second_interrupt_acts_at_once_and_a_second_sigterm_changes_nothing(
+    tiny, tmp_path, before_step, number, error, steps
+):
+    def twice(learner):
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)
+
+    before_step(4, twice)
+    with pytest.raises(error):
+        train(tiny(), tmp_path, progress=False)
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["progress"]["step"] == steps
+
+
 def test_stopped_while_evaluating(tiny, tmp_path, monkeypatch, same_run):
     config, evaluate = tiny(), trainer.evaluate
     train(config, tmp_path / "whole", progress=False)

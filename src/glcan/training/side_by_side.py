@@ -6,7 +6,9 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Collection, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Any, TypeVar
@@ -55,7 +57,8 @@ def completed(
                     index, call = waiting.pop()
                     receiver, sender = context.Pipe(duplex=False)
                     process = context.Process(target=_call, args=(call, sender, threads))
-                    process.start()
+                    with _no_interrupt():
+                        process.start()
                     sender.close()
                     running[receiver] = index, process
                 ready = wait(list(running), timeout=_TICK)
@@ -75,10 +78,22 @@ def completed(
                 process.join()
 
 
+@contextmanager
+def _no_interrupt() -> Iterator[None]:
+    """What is started here does not hear of Ctrl-C, which a terminal sends to all; its parent says when to stop."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    resource_tracker.ensure_running()  # where `multiprocessing` starts it by the way, SIGINT is no longer blocked
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _call(call: Callable[[], object], sender: Connection, threads: int) -> None:
     """In the process: the call, what came of it sent back."""
-    if hasattr(os, "setpgrp"):
-        os.setpgrp()  # Ctrl-C in a terminal is for the parent, whose SIGTERM would be the second signal, which kills
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     try:

@@ -9,7 +9,7 @@ from typing import Any
 
 
 class Stop:
-    """Notes SIGINT and SIGTERM, so that a loop can stop where it may be continued; a second one acts at once."""
+    """Notes SIGINT and SIGTERM, so that a loop can stop where it may be continued; a second SIGINT acts at once."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -34,13 +34,13 @@ class Stop:
         return KeyboardInterrupt() if self.signal == signal.SIGINT else SystemExit(128 + (self.signal or 0))
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number
-        self._restore()
+        self.signal = self.signal or number
+        self._restore(signal.SIGINT)  # not SIGTERM, which many send to a whole group and to each of its processes
 
-    def _restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous.clear()
+    def _restore(self, *numbers: int) -> None:
+        for number in numbers or tuple(self._previous):
+            if number in self._previous:
+                signal.signal(number, self._previous.pop(number))
 
 
 class Stopped(Exception):
