@@ -83,6 +83,12 @@ def test_side_by_side_the_same_comes_out(tmp_path, capsys):
     assert "glcan:2, seed 0: epoch 2/2" in lines
 
 
+def test_no_jobs_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="jobs = 0"):
+        compare(tiny(), METHODS, [0], tmp_path / "none", progress=False, jobs=0)
+    assert not (tmp_path / "none").exists()
+
+
 def test_an_error_in_a_process_names_the_run(tmp_path):
     with pytest.raises(NonFiniteLoss, match=r"^e2e, seed [34]: .* became"):
         compare(tiny(lr=1e30, warmup_epochs=0), ["e2e"], [3, 4], tmp_path, progress=False, jobs=2)

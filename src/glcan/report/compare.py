@@ -78,13 +78,15 @@ def compare(
         What ``comparison.json`` holds. Beside it are ``comparison.md`` and the two plots.
 
     Raises:
-        UnknownName, ConfigError, CutError: the methods, seeds or settings cannot work; raised before anything is
-            written.
+        UnknownName, ConfigError, CutError: the methods, seeds, jobs or settings cannot work; raised before anything
+            is written.
         RunError: ``out`` holds something else, or a comparison with other settings.
     """
     from glcan.report.plots import write_plots  # matplotlib: a second that a wrong option need not wait for
 
     out = Path(out)
+    if jobs < 1:
+        raise ConfigError(f"jobs = {jobs} runs side by side; at least 1 is needed.")
     parsed = parse_methods(methods)
     configs = _configs(config, parsed, seeds)
     request = _request(config, parsed, seeds)

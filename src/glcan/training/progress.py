@@ -42,16 +42,7 @@ class Reporter:
         self._started = time.monotonic()
         self._bar: Progress | None = None
         if progress and self._console.is_terminal:
-            self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=None),
-                MofNCompleteColumn(),
-                TextColumn("steps"),
-                TimeElapsedColumn(),
-                TextColumn("ETA"),
-                TimeRemainingColumn(),
-                console=self._console,
-            )
+            self._bar = _bars("steps", self._console)
             self._task = self._bar.add_task("starting", total=total, completed=done)
 
     def __enter__(self) -> Reporter:
@@ -94,9 +85,7 @@ class Board:
         self._bars: Progress | None = None
         self._bar_of: dict[int, TaskID] = {}
         if progress and self._console.is_terminal:
-            columns = TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn()
-            times = TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn()
-            self._bars = Progress(*columns, TextColumn("epochs"), *times, console=self._console)
+            self._bars = _bars("epochs", self._console)
 
     def __enter__(self) -> Board:
         if self._bars is not None:
@@ -131,6 +120,19 @@ class Board:
             per_epoch = (time.monotonic() - began) / (record["epoch"] - epochs)
             line += _eta(per_epoch * (config.epochs - record["epoch"]))
         self._console.print(line, highlight=False, soft_wrap=True)
+
+
+def _bars(unit: str, console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+        console=console,
+    )
 
 
 def _records(folder: Path) -> list[dict[str, Any]]:
