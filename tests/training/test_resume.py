@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -75,8 +76,9 @@ def test_a_second_interrupt_acts_at_once_and_a_second_sigterm_changes_nothing(
     tiny, tmp_path, before_step, number, error, steps
 ):
     def twice(learner):
-        os.kill(os.getpid(), number)
-        os.kill(os.getpid(), number)
+        for _ in range(2):
+            os.kill(os.getpid(), number)
+            time.sleep(0.5)  # two signals that wait are one
 
     before_step(4, twice)
     with pytest.raises(error):
