@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import (
@@ -26,7 +26,35 @@ from glcan.training.evaluation import MEASURES, formatted
 from glcan.training.run import read_metrics
 
 
-class Reporter:
+class _Bars:
+    """Standard error, and on a terminal bars at its end while the context is open."""
+
+    def __init__(self, unit: str, progress: bool) -> None:
+        self._console = Console(stderr=True, quiet=not progress)
+        self._bars: Progress | None = None
+        if progress and self._console.is_terminal:
+            self._bars = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=None),
+                MofNCompleteColumn(),
+                TextColumn(unit),
+                TimeElapsedColumn(),
+                TextColumn("ETA"),
+                TimeRemainingColumn(),
+                console=self._console,
+            )
+
+    def __enter__(self) -> Self:
+        if self._bars is not None:
+            self._bars.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+
+
+class Reporter(_Bars):
     """Reports to standard error; a context manager.
 
     Args:
@@ -37,39 +65,28 @@ class Reporter:
     """
 
     def __init__(self, config: RunConfig, total: int, done: int, progress: bool) -> None:
+        super().__init__("steps", progress)
         self._config, self._total, self._done, self._start_step = config, total, done, done
-        self._console = Console(stderr=True, quiet=not progress)
         self._started = time.monotonic()
-        self._bar: Progress | None = None
-        if progress and self._console.is_terminal:
-            self._bar = _bars("steps", self._console)
-            self._task = self._bar.add_task("starting", total=total, completed=done)
-
-    def __enter__(self) -> Reporter:
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        if self._bars is not None:
+            self._task = self._bars.add_task("starting", total=total, completed=done)
 
     def step(self, epoch: int) -> None:
         """One optimizer step is done; ``epoch`` counts from 1."""
         self._done += 1
-        if self._bar is not None:
-            self._bar.update(self._task, advance=1, description=f"epoch {epoch}/{self._config.epochs}")
+        if self._bars is not None:
+            self._bars.update(self._task, advance=1, description=f"epoch {epoch}/{self._config.epochs}")
 
     def epoch(self, record: dict[str, Any]) -> None:
         """One epoch is done."""
         line = _line(self._config, record)
-        if self._bar is None and self._done < self._total:
+        if self._bars is None and self._done < self._total:
             per_step = (time.monotonic() - self._started) / max(self._done - self._start_step, 1)
             line += _eta(per_step * (self._total - self._done))
         self._console.print(line, highlight=False, soft_wrap=True)
 
 
-class Board:
+class Board(_Bars):
     """Reports on runs in other processes to standard error, from what they write; a context manager.
 
     Args:
@@ -78,23 +95,11 @@ class Board:
     """
 
     def __init__(self, runs: Sequence[tuple[str, RunConfig, Path]], progress: bool) -> None:
+        super().__init__("epochs", progress)
         self._runs, self._progress = runs, progress
-        self._console = Console(stderr=True, quiet=not progress)
         self._begun: dict[int, tuple[float, int]] = {}  # when a run began here, and with how many epochs behind it
         self._seen: dict[int, int] = {}  # epochs of a run that have been reported
-        self._bars: Progress | None = None
         self._bar_of: dict[int, TaskID] = {}
-        if progress and self._console.is_terminal:
-            self._bars = _bars("epochs", self._console)
-
-    def __enter__(self) -> Board:
-        if self._bars is not None:
-            self._bars.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
-        if self._bars is not None:
-            self._bars.stop()
 
     def update(self, running: Collection[int]) -> None:
         """Look at the runs of these indices."""
@@ -120,19 +125,6 @@ class Board:
             per_epoch = (time.monotonic() - began) / (record["epoch"] - epochs)
             line += _eta(per_epoch * (config.epochs - record["epoch"]))
         self._console.print(line, highlight=False, soft_wrap=True)
-
-
-def _bars(unit: str, console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=None),
-        MofNCompleteColumn(),
-        TextColumn(unit),
-        TimeElapsedColumn(),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
-        console=console,
-    )
 
 
 def _records(folder: Path) -> list[dict[str, Any]]:
