@@ -56,7 +56,7 @@ def batch(size: int = 8) -> tuple[Tensor, Tensor]:
 
 def learner(chain: nn.Module, joint: float, weight: float, **options: Any) -> LocalLearner:
     torch.manual_seed(2)
-    rule = {"joint": joint, "joint_weight": weight}
+    rule: dict[str, Any] = {"joint": joint, "joint_weight": weight, "joint_by": "order"}
     return LocalLearner(chain, sample=batch(), cuts=CUTS, rule_options=rule, **options)
 
 

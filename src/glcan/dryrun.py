@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_map_only
 
 from glcan.errors import GradientLeak, UnknownName
 
-__all__ = ["AssumedValues", "UntouchedParameters", "dry_run", "fake_copy", "uninitialized"]
+__all__ = ["AssumedValues", "RandomNumbers", "UntouchedParameters", "dry_run", "fake_copy", "uninitialized"]
 
 T = TypeVar("T")
 
@@ -131,6 +131,27 @@ def _selecting_all(index: Any) -> list[Any]:
     if isinstance(index, Tensor) and index.dtype == torch.bool:
         return [index.new_empty(index.numel(), dtype=torch.int64) for _ in range(index.dim())]
     return [index]
+
+
+class RandomNumbers(TorchDispatchMode):
+    """Notes whether random numbers are drawn while it is open."""
+
+    drawn = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded in func.tags and _probability(func, args, kwargs):
+            self.drawn = True
+        return func(*args, **kwargs)
+
+
+def _probability(func: Any, args: Any, kwargs: Any) -> float:
+    """Of dropout in an attention kernel, which has its place there even where it is 0; else 1."""
+    for place, argument in enumerate(func._schema.arguments):
+        if argument.name == "dropout_p":
+            given = args[place] if place < len(args) else kwargs.get("dropout_p", argument.default_value)
+            return float(given)
+    return 1.0
 
 
 def dry_run(model: nn.Module, batch: Any, use: Callable[[nn.Module, Any], T], *, assume: bool = False) -> T:

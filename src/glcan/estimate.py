@@ -135,7 +135,7 @@ def auxiliary_costs(
     Networks of the same structure are metered once; ``known`` remembers them from one number of blocks to the next.
     """
     known = {} if known is None else known
-    if rule.joint(task, blocks, profile.batch).weight == 1:
+    if rule.joint(task, blocks, profile.batch, profile.mostly_by_image).weight == 1:
         return {}
 
     def run(model: nn.Module, batch: tuple[Any, ...]) -> dict[str, AuxiliaryCost]:
@@ -212,8 +212,10 @@ class Estimate:
         """The same where all units' activations are recomputed."""
         return self._peak(i, j, [(k, k + 1) for k in range(i, j)])
 
-    def end(self, i: int, stop: int, bound: float) -> tuple[int, list[tuple[int, int]]]:
+    def end(self, i: int, stop: int, bound: float, to: int | None = None) -> tuple[int, list[tuple[int, int]]]:
         """The same of the last block, from place i, where what comes before place ``stop`` is recomputed, and how.
+
+        Or of a block that ends at place ``to``.
 
         It is recomputed in segments, each as long as the bound on the block's bytes allows: the longer, the fewer
         tensors are kept. That costs nothing where the block begins, since all behind is freed by the time when a
@@ -227,7 +229,7 @@ class Estimate:
             longer = [*segments[:-1], (segments[-1][0], k + 1)] if segments and self._joins[k] else []
             fits = longer and self._entering[i] + self._inside(i, k + 1, longer)[1] <= bound
             segments = longer if fits else [*segments, (k, k + 1)]
-        return self._peak(i, len(self._saved), segments), segments
+        return self._peak(i, len(self._saved) if to is None else to, segments), segments
 
     def _peak(self, i: int, j: int, segments: Sequence[tuple[int, int]]) -> int:
         """Peak of the block from place i to place j. Of segments that are recomputed, only what enters them is kept."""
@@ -257,13 +259,16 @@ class Estimate:
             k = end
         return kept, inside
 
-    def recomputed_at_once(self, plan: Plan, share: float, alone: bool = False) -> list[list[str]]:
+    def recomputed_at_once(
+        self, plan: Plan, share: float, alone: bool = False, by_gradient: bool = False
+    ) -> list[list[str]]:
         """Chains of units to recompute where a share of each batch trains all blocks at once (`glcan.rules.Joint`).
 
         They are as few as keep these images within the memory of the plan's largest block, or of the largest of even
         blocks, whichever is less; about so, where that cannot be. Where the early blocks learn from them ``alone``
         there are no auxiliary networks to pay for, and more is recomputed, for less memory, as long as a step takes
-        about the FLOPs of end-to-end training (`_COMPUTE`). They begin with the model's first units.
+        about the FLOPs of end-to-end training (`_COMPUTE`). They begin with the model's first units. Where they are
+        chosen ``by_gradient``, they run no further than to the last block.
         """
         ends = list(itertools.pairwise(block_ends(self.profile, plan.cuts)))
         room: float = max(
@@ -277,43 +282,56 @@ class Estimate:
         runs = [self.profile.units[a:b] for a, b in itertools.pairwise(self._places)]
         parted = (k for k, run in enumerate(runs) if any(unit.name in self.profile.parted for unit in run))
         most = next(parted, len(runs))
+        to = ends[-1][0] if by_gradient else len(runs)
+        most = min(most, to)
         stop, bound = None, room / share
         for slack in (1,) if self._counted else (1, SLACK):
             if stop is None:
                 bound = slack * room / share
-                stop = self._first_within(most, bound)
+                stop = self._first_within(most, bound, to)
         if stop is None and self._counted:
             # The gradients of all weights are there in any case; against many weights nothing else counts.
-            return Estimate(self.profile, self._known, gradients=False).recomputed_at_once(plan, share, alone)
+            plain = Estimate(self.profile, self._known, gradients=False)
+            return plain.recomputed_at_once(plan, share, alone, by_gradient)
         if stop is None:
-            stop = min(reversed(range(most + 1)), key=lambda k: self.end(0, k, bound)[0])
+            stop = min(reversed(range(most + 1)), key=lambda k: self.end(0, k, bound, to)[0])
         if alone:
-            stop, bound = self._for_the_flops_saved(share, ends[-1], room, most, (stop, bound))
-        return [chain for a, b in self.end(0, stop, bound)[1] for chain in chains(runs[a:b])]
+            stop, bound = self._for_the_flops_saved(share, ends[-1], room, most, (stop, bound), by_gradient)
+        return [chain for a, b in self.end(0, stop, bound, to)[1] for chain in chains(runs[a:b])]
 
     def _for_the_flops_saved(
-        self, share: float, last: tuple[int, int], room: float, most: int, found: tuple[int, float]
+        self,
+        share: float,
+        last: tuple[int, int],
+        room: float,
+        most: int,
+        found: tuple[int, float],
+        by_gradient: bool,
     ) -> tuple[int, float]:
         """Up to where to recompute, and the bound, for the least memory that `_COMPUTE` allows; what was found if none.
 
-        The other images only run forward, but for the last block.
+        The other images only run forward, but for the last block; or all of them, where some are chosen for what is
+        before it.
         """
         forward = self.forward_flops(0, len(self._saved))
-        others = (1 - share) * (forward + 2 * self.forward_flops(*last))
-        allowed = (_COMPUTE * 3 * forward - others) / share - 3 * forward  # for recomputation, of the whole batch
-        needed = (1 - share) * self.block_bytes(*last)  # by the other images, in any case
+        others = 1.0 if by_gradient else 1 - share
+        learning = self.forward_flops(0, last[0]) if by_gradient else forward
+        spent = others * (forward + 2 * self.forward_flops(*last))
+        allowed = (_COMPUTE * 3 * forward - spent) / share - 3 * learning  # for recomputation, of the whole batch
+        needed = others * self.block_bytes(*last)  # in any case
+        to = last[0] if by_gradient else last[1]
         for part in _PARTS_OF_ROOM:
             bound = max(needed, part * room) / share
-            stop = self._first_within(most, bound) if bound < found[1] else None
+            stop = self._first_within(most, bound, to) if bound < found[1] else None
             if stop is None or self.forward_flops(0, stop) > allowed:
                 break
             found = stop, bound
         return found
 
-    def _first_within(self, most: int, bound: float) -> int | None:
+    def _first_within(self, most: int, bound: float, to: int) -> int | None:
         """The first place up to which units have to be recomputed to keep the whole model within the bound, if any."""
         # More recomputation is less memory up to where a segment itself is what needs most.
-        fits = functools.cache(lambda stop: self.end(0, stop, bound)[0] <= bound)
+        fits = functools.cache(lambda stop: self.end(0, stop, bound, to)[0] <= bound)
         stop = bisect.bisect_left(range(most), x=True, key=fits)
         if fits(stop):
             return stop
@@ -324,15 +342,16 @@ class Estimate:
         cost = self.auxiliary.get(self.profile.units[self._places[j]].name) if j < len(self._saved) else None
         return (cost.flops if cost else 0) - self._cut_flops[i]
 
-    def extra_flops_alone(self, plan: Plan, share: float) -> float:
+    def extra_flops_alone(self, plan: Plan, share: float, by_gradient: bool = False) -> float:
         """FLOPs of a step beyond end-to-end training where the early blocks learn from this share of the batch alone.
 
         Negative where the other images, which only run forward but for the last block, save more than is recomputed.
         """
-        names = {name for chain in self.recomputed_at_once(plan, share, alone=True) for name in chain}
+        recomputed = self.recomputed_at_once(plan, share, alone=True, by_gradient=by_gradient)
+        names = {name for chain in recomputed for name in chain}
         again = sum(unit.flops for unit in self.profile.units if unit.name in names)
         early = self.forward_flops(0, block_ends(self.profile, plan.cuts)[-2])
-        return share * again - 2 * (1 - share) * early
+        return share * (again + early * by_gradient) - 2 * (1 - share) * early
 
     def forward_flops(self, i: int, j: int) -> int:
         """Forward FLOPs of the block's units: what recomputing them costs."""

@@ -173,6 +173,8 @@ class Isolation(TorchFunctionMode):
             first one, or with `crossings` of another object for the same model and cuts.
         crossings: what crossed each cut when gradients were last kept from it. Without isolation the tensors do not
             show it.
+        noting: whether tensors that pass by a cut are known by their numbers although they need no gradient, for
+            `hand_over`. What crosses is then taken from `crossings`.
 
     Raises:
         UnknownName: a unit or a cut is not there.
@@ -199,6 +201,7 @@ class Isolation(TorchFunctionMode):
         self.on_boundary = on_boundary
         self.isolating = True
         self.crossings: Crossings = {}
+        self.noting = False
         self.held = {cut: frozenset(numbers) for cut, numbers in (held or {}).items()}
         self._entered: contextlib.ExitStack | None = None
         self._reset()
@@ -278,6 +281,29 @@ class Isolation(TorchFunctionMode):
             tag = getattr(tensor, _TAG, None)  # an in-place operation may have made the twin a later block's tensor
         return tensor
 
+    def hand_over(self, hand_on: Callable[[Tensor], Tensor], args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """What the next block gets in place of the tensors that cross its cut: what ``hand_on`` makes of each.
+
+        To be called at the cut, while `noting`, with the arguments of its unit; gives those to run it with. The next
+        block begins here; there is no callback.
+        """
+        with self.suspended():
+            given = list(tensors_in((args, kwargs)))
+            crossing, passing = self.crossings[self.cuts[self.block]]
+            tensors = [given[i] for i in crossing if i < len(given)]
+            tensors += [tensor for number in passing if (tensor := self._kept.get(number)) is not None]
+            handed: dict[int, Tensor] = {}
+            for tensor in tensors:
+                if id(tensor) in handed:
+                    continue
+                handed[id(tensor)] = hand_on(tensor)
+                if self._is_new(tensor):
+                    self._tag(tensor, -1)
+                getattr(tensor, _TAG).twin = handed[id(tensor)]  # the glue behind the unit uses it, too
+            args, kwargs = _replace((args, kwargs), lambda tensor: handed.get(id(tensor), tensor))
+        self._begin_block()
+        return args, kwargs
+
     def _incoming(self, value: Any) -> Any:
         return _replace(value, self.twin) if self.block else value
 
@@ -286,7 +312,8 @@ class Isolation(TorchFunctionMode):
             # Every tensor has a number, so that numbers do not depend on what needs a gradient, hence on the cuts.
             if not self._replaying:
                 self._number += 1
-            if tensor.requires_grad and not isinstance(tensor, nn.Parameter):
+            noted = tensor.requires_grad or (self.noting and self._number in self._keep)
+            if noted and not isinstance(tensor, nn.Parameter):
                 self._tag(tensor, self._number)
 
     def _tag(self, tensor: Tensor, number: int) -> None:
@@ -366,6 +393,9 @@ class Isolation(TorchFunctionMode):
         if self.on_boundary is not None:
             with self.replay(), _outside_of_checkpoints():
                 self.on_boundary(boundary)
+        self._begin_block()
+
+    def _begin_block(self) -> None:
         self.block += 1
         later = self.cuts[self.block :]
         still = frozenset().union(*(self.held.get(c, frozenset()) for c in later))

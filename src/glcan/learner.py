@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.optimizer import Optimizer
 from torch.utils._pytree import tree_map_only
 
 from glcan import rules, tasks
 from glcan.checkpointing import checkpointed, in_parts, segments_of, with_large_end
+from glcan.choosing import BatchStatistics, Received, choose, sizes_of
 from glcan.dryrun import dry_run
 from glcan.errors import CheckpointError, ConfigError, CutError, GradientLeak
 from glcan.estimate import Estimate, Piece, auxiliary_costs, measure_pieces
@@ -33,6 +37,18 @@ __all__ = ["LocalLearner"]
 
 OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
 _Crossing = dict[str, tuple[Feature, ...]]  # by the name of the cut
+
+
+class _Reached(BaseException):
+    """The model's forward pass is where it was wanted; nothing that it would do behind that is. No model catches it."""
+
+
+@dataclasses.dataclass
+class _Choice:
+    """What a pass needs that chooses images by their gradients: the last cut alone, and normalisation as of a batch."""
+
+    isolation: Isolation
+    statistics: BatchStatistics
 
 
 class LocalLearner:
@@ -181,7 +197,8 @@ class LocalLearner:
         self.task.prepare(self.profile.output, batch)
         self._pieces: dict[str, Piece] | None = None
         self.plan = self._make_plan(batch, blocks, cuts, recompute)
-        self._joint = self.rule.joint(self.task, self.plan.blocks, self.profile.batch)
+        by_image = bool(self.plan.cuts) and self.plan.cuts[-1] in self.profile.by_image
+        self._joint = self.rule.joint(self.task, self.plan.blocks, self.profile.batch, by_image)
         self.names = names = self.plan.names
         self._users = self._find_users()
         skipping: _Crossing = {}
@@ -213,6 +230,7 @@ class LocalLearner:
         self._isolation.crossings = crossings
         self._segments = [run for run in segments_of(self.profile) if run[0] not in self.profile.parted]
         self._recomputed = self._find_recomputed()
+        self._choice = self._make_choice(batch) if self._joint.by_gradient and self.plan.blocks > 1 else None
         self._joint_recomputed = self._find_joint_recomputed(batch)
         self._graphs = PassGraphs(model)
         self.after_block: Callable[[str], None] | None = None
@@ -253,8 +271,9 @@ class LocalLearner:
                 cost = estimate.block_bytes
                 most = self.rule.long_end(self.task)
                 if most and not recompute:
-                    joint = self.rule.joint(self.task, blocks, self.profile.batch).share_of(self.profile.batch)
-                    cuts, recompute = longest_end(self.profile, blocks, cost, estimate.end, most, 1 - joint)
+                    joint = self.rule.joint(self.task, blocks, self.profile.batch, self.profile.mostly_by_image)
+                    others = 1.0 if joint.by_gradient else 1 - joint.share_of(self.profile.batch)
+                    cuts, recompute = longest_end(self.profile, blocks, cost, estimate.end, most, others)
                     blocks = None
             return make_plan(self.profile, blocks=blocks, cuts=cuts, cost=cost, recompute=recompute)
         if recompute:
@@ -308,7 +327,29 @@ class LocalLearner:
         if not share or self.plan.blocks == 1:
             return []
         estimate = Estimate(self.profile, self._measured_pieces(batch))
-        return estimate.recomputed_at_once(self.plan, share, alone=self._joint.weight == 1)
+        by_gradient = self._choice is not None
+        return estimate.recomputed_at_once(self.plan, share, alone=self._joint.weight == 1, by_gradient=by_gradient)
+
+    def _make_choice(self, batch: tuple[Any, ...]) -> _Choice:
+        """How joint images are chosen by their gradients."""
+        cut = self.plan.cuts[-1]
+        held = {cut: self.profile.crossing[cut]}
+
+        def reached(boundary: Boundary) -> None:
+            raise _Reached
+
+        def look(model: nn.Module, batch: tuple[Any, ...]) -> Crossings:
+            isolation = Isolation(model, self.profile.names, (cut,), reached, held)
+            args, kwargs = self.task.arguments(batch)
+            with contextlib.suppress(_Reached), torch.enable_grad(), isolation, self._forward_autocast(batch):
+                model(*args, **kwargs)
+            return isolation.crossings
+
+        isolation = Isolation(self.model, self.profile.names, (cut,), held=held)
+        isolation.crossings = dry_run(self.model, batch, look, assume=self.task.assumes)
+        late = {m for unit in self.plan.units[-1] for m in self.model.get_submodule(unit.name).modules()}
+        norms = [m for m in self.model.modules() if isinstance(m, _BatchNorm) and m not in late]
+        return _Choice(isolation, BatchStatistics(norms))
 
     def _check_trained(self) -> None:
         for k, cut in enumerate(self.plan.cuts):
@@ -501,6 +542,8 @@ class LocalLearner:
             and not self.end_to_end
             and (count := self._joint.images(len(batch[0]), self.profile.batch))
         ):
+            if self._choice is not None:
+                return self._run_chosen(batch, count, scaler, finish, weight)
             return self._run_joint(batch, count, scaler, finish, weight)
         return self._run_blocks(batch, scaler, finish, (weight, weight))
 
@@ -571,11 +614,104 @@ class LocalLearner:
             with (
                 self.rule.running(self.model, self.profile),
                 checkpointed(self.model, self._joint_recomputed),
-                self._frozen_forward(),
+                self._frozen_forward(self.frozen),
             ):
                 loss = self.task.loss(self.model(*args, **kwargs), batch)
             self._backward(loss, share, scaler)
         return loss.detach()
+
+    def _run_chosen(
+        self,
+        batch: tuple[Any, ...],
+        count: int,
+        scaler: Any,
+        finish: Callable[[int], None] | None,
+        weight: float,
+    ) -> dict[str, Tensor]:
+        """A pass in which the last block learns from every image, the others from ``count`` with large gradients.
+
+        ``weight``: of the batch's losses.
+        """
+        last = self.plan.blocks - 1
+        loss, received = self._last_alone(batch, scaler, weight)
+
+        def done(block: int) -> None:
+            with _no_autocast(loss):
+                if finish is not None:
+                    finish(block)
+                if self.after_block is not None:
+                    self.after_block(self.names[block])
+
+        done(last)
+        sent = [gradient for gradient in received if gradient is not None]
+        if self.frozen < last and sent:
+            images = len(batch[0])
+            if count < images:
+                places, weights = choose(sizes_of(sent), count)
+                for i, gradient in enumerate(received):
+                    if gradient is not None:
+                        scale = weights.to(gradient.dtype).view(-1, *[1] * (gradient.dim() - 1))
+                        received[i] = gradient[places].mul_(scale)
+                batch = self.task.chosen(batch, places)
+            sent.clear()
+            self._send_back(batch, received)
+        for block in range(self.frozen, last):
+            done(block)
+        return {self.names[last]: loss}
+
+    def _last_alone(self, batch: tuple[Any, ...], scaler: Any, weight: float) -> tuple[Tensor, list[Tensor | None]]:
+        """The last block's loss, detached, after its backward pass, and the gradients of what crosses the last cut."""
+        assert self._choice is not None
+        isolation, received, last = self._choice.isolation, Received(), self.plan.blocks - 1
+        args, kwargs = self._arguments(batch)
+        isolation.isolating, isolation.noting, isolation.on_boundary = True, True, None
+        with (
+            self.task.running(self.model),
+            in_parts(self.model, self.profile.parted, self.profile.batch),
+            self._choice.statistics.noted(),
+            isolation,
+            self._forward_autocast(batch),
+        ):
+            with (
+                self.rule.running(self.model, self.profile),
+                checkpointed(self.model, self._recomputed),
+                self._frozen_forward(last, partial(isolation.hand_over, received.hand_on)),
+            ):
+                loss = self.task.loss(self.model(*args, **kwargs), batch)
+            self._check_reached(isolation)
+            with isolation.replay():
+                self._backward(loss, weight, scaler)
+            if torch.is_autocast_enabled(loss.device.type):
+                torch.clear_autocast_cache()  # the early blocks' weights are in it as what needs no gradient
+        return loss.detach(), received.gradients
+
+    def _send_back(self, batch: tuple[Any, ...], gradients: list[Tensor | None]) -> None:
+        """Runs the chosen images up to the last cut, and their gradients back from there."""
+        assert self._choice is not None
+        isolation = self._choice.isolation
+
+        def at_cut(boundary: Boundary) -> None:
+            tensors = (*boundary.entering, *boundary.skipping)
+            pairs = [(t, g) for t, g in zip(tensors, gradients, strict=True) if g is not None]
+            gradients.clear()
+            with isolation.suspended(), _no_autocast(tensors[0]):
+                torch.autograd.backward([t for t, _ in pairs], [g for _, g in pairs])
+            raise _Reached
+
+        args, kwargs = self._arguments(batch)
+        isolation.isolating, isolation.noting, isolation.on_boundary = False, False, at_cut
+        with (
+            contextlib.suppress(_Reached),
+            self.task.running(self.model),
+            self._choice.statistics.applied(),
+            isolation,
+            self._forward_autocast(batch),
+            self.rule.running(self.model, self.profile),
+            checkpointed(self.model, self._joint_recomputed),
+            self._frozen_forward(self.frozen),
+        ):
+            self.model(*args, **kwargs)
+            self._check_reached(isolation)
 
     def _arguments(self, batch: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The model's arguments; copies, where it writes into them."""
@@ -644,34 +780,44 @@ class LocalLearner:
             with (
                 self.rule.running(self.model, self.profile),
                 checkpointed(self.model, recomputed),
-                self._frozen_forward(),
+                self._frozen_forward(self.frozen),
             ):
                 loss = self.task.loss(self.model(*args, **kwargs), batch)
-            if last and isolation.block != last:
-                raise CutError(
-                    f"The model ran without reaching the cut {self.plan.cuts[isolation.block]!r} (its layers are "
-                    "skipped or ran in another order); cut at a unit that always runs."
-                )
+            if last:
+                self._check_reached(isolation)
             with isolation.replay() if last else contextlib.nullcontext():
                 backward(loss, weights[1])
         done(last, loss.detach())
         return losses
 
+    @staticmethod
+    def _check_reached(isolation: Isolation) -> None:
+        if isolation.block < len(isolation.cuts):
+            raise CutError(
+                f"The model ran without reaching the cut {isolation.cuts[isolation.block]!r} (its layers are "
+                "skipped or ran in another order); cut at a unit that always runs."
+            )
+
     @contextlib.contextmanager
-    def _frozen_forward(self) -> Iterator[None]:
+    def _frozen_forward(
+        self, frozen: int, hand_over: Callable[[Any, Any], tuple[Any, Any]] | None = None
+    ) -> Iterator[None]:
         """While this is open, nothing is kept for a backward pass before the first block that is not frozen begins.
 
-        Outside of checkpointing, which looks at the mode before the unit runs.
+        Outside of checkpointing, which looks at the mode before the unit runs. ``hand_over`` gives the arguments with
+        which that block begins, in place of its own.
         """
-        if not self.frozen:
+        if not frozen:
             yield
             return
         crossings = dict(self._isolation.crossings)  # what crosses the cuts does not show without a graph
-        module = self.model.get_submodule(self.plan.cuts[self.frozen - 1])
+        module = self.model.get_submodule(self.plan.cuts[frozen - 1])
         forward = module.forward
 
         def begin(*args: Any, **kwargs: Any) -> Any:
             torch.set_grad_enabled(True)
+            if hand_over is not None:
+                args, kwargs = hand_over(args, kwargs)
             return forward(*args, **kwargs)
 
         try:

@@ -250,17 +250,16 @@ def measure_step(learner: LocalLearner, *batch: Any) -> StepCost:
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
     memory = LiveMemory(learner.model, auxiliary=learner.auxiliary, optimizers=learner.optimizers, inputs=batch)
-    peaks: list[int] = []
-    before, learner.after_block = learner.after_block, lambda name: peaks.append(memory.lap()[0])
+    peaks: dict[str, int] = {}
+    before, learner.after_block = learner.after_block, lambda name: peaks.update({name: memory.lap()[0]})
     try:
         with memory:
             train(*batch)
     finally:
         learner.after_block = before
     cuda_peak = torch.cuda.max_memory_allocated(device) if on_cuda else None
-    return StepCost(
-        memory.peak_bytes, memory.by_kind, memory.activation_peak_bytes, memory.flops, cuda_peak, tuple(peaks)
-    )
+    by_block = tuple(peaks[name] for name in learner.names if name in peaks)
+    return StepCost(memory.peak_bytes, memory.by_kind, memory.activation_peak_bytes, memory.flops, cuda_peak, by_block)
 
 
 def _create_state(optimizers: Iterable[Optimizer]) -> None:

@@ -498,7 +498,11 @@ class _Bench:
         within = bound - self._auxiliary_bytes(estimate, blocks)
         if self._joint_bytes(estimate, blocks) > within:
             return None
-        if share < 1 and share * estimate.block_bytes(0, len(cut_places(self.profile)) - 1) <= within:
+        if (
+            share < 1
+            and not joint.by_gradient
+            and share * estimate.block_bytes(0, len(cut_places(self.profile)) - 1) <= within
+        ):
             within /= 1 - share  # the joint images fit as they are, and only the others go through the blocks
 
         def cost(i: int, j: int) -> int:
@@ -521,7 +525,8 @@ class _Bench:
         if alone:
             if not recompute:  # as the same number of blocks has them where there is no budget
                 cuts = choose_cuts(self.profile, blocks, estimate.block_bytes)
-            total = estimate.extra_flops_alone(make_plan(self.profile, cuts=cuts, recompute=recompute), share)
+            plan = make_plan(self.profile, cuts=cuts, recompute=recompute)
+            total = estimate.extra_flops_alone(plan, share, joint.by_gradient)
         return total / (3 * (self.profile.flops or 1)), blocks, cuts, recompute
 
     def _smallest(self) -> Forecast:
@@ -540,7 +545,7 @@ class _Bench:
 
     def _joint(self, blocks: int) -> rules.Joint:
         """The joint images of so many blocks."""
-        return self.rule.joint(self.task, blocks, self.profile.batch)
+        return self.rule.joint(self.task, blocks, self.profile.batch, self.profile.mostly_by_image)
 
     def _joint_bytes(self, estimate: Estimate, blocks: int) -> float:
         """What the joint images hold at least, with all units recomputed."""

@@ -26,10 +26,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from glcan.dryrun import dry_run
+from glcan.dryrun import RandomNumbers, dry_run
 from glcan.errors import ConfigError, CutError, GlcanError
 from glcan.isolation import _TAG, Isolation, tensors_in
 from glcan.memory import LiveMemory
@@ -119,6 +120,9 @@ class Profile:
         sources: for each cuttable unit, the last position of `trained` that what enters it depends on. None of them,
             and a unit is missing here.
         parted: names of the units at the end that blocks run for some images at a time (`checkpointing.in_parts`).
+        by_image: names of the cuttable units before which a part of the batch can be run again as it ran in the whole:
+            all that crosses the cut has the batch as its first dimension, no random numbers are drawn before it, and no
+            BatchNorm before it runs more than once (`glcan.choosing`).
     """
 
     units: tuple[Unit, ...]
@@ -132,6 +136,7 @@ class Profile:
     trained: frozenset[int] = frozenset()
     sources: Mapping[str, int] = dataclasses.field(default_factory=dict)
     parted: tuple[str, ...] = ()
+    by_image: frozenset[str] = frozenset()
 
     @property
     def names(self) -> list[str]:
@@ -141,6 +146,11 @@ class Profile:
     def cuttable(self) -> list[str]:
         """The names at which a block may begin."""
         return [unit.name for unit in self.units if unit.cuttable and unit.name not in self.parted[1:]]
+
+    @property
+    def mostly_by_image(self) -> bool:
+        """Whether most cuttable units are `by_image`."""
+        return 2 * len(self.by_image) > len(self.crossing)
 
     @property
     def flops(self) -> int:
@@ -251,7 +261,7 @@ def _profile(model: nn.Module, args: Any, kwargs: Any, units: Sequence[str] | No
         writes = False
     meter = LiveMemory(model, inputs=(args, kwargs))
     recorder = _Recorder(model, units, meter)
-    with torch.enable_grad(), meter, recorder:
+    with torch.enable_grad(), recorder.chance, meter, recorder:
         output = model(*args, **kwargs)
         recorder.finish(output)
     writes = writes or any(t._version != before for t, before in versions)
@@ -423,6 +433,7 @@ class _Note:
     numbers: frozenset[int]
     chained: bool
     source: int | None
+    drawn: bool
     output: tuple[int, ...] | None = None
 
 
@@ -432,11 +443,13 @@ class _Recorder(Isolation):
     def __init__(self, model: nn.Module, units: Sequence[str], meter: LiveMemory) -> None:
         super().__init__(model, units)
         self.meter = meter
+        self.chance = RandomNumbers()
         self.parameter_names = {id(p): name for name, p in model.named_parameters()}
         self.notes: dict[str, _Note] = {}  # in the order of first calls
         self.calls: list[str] = []
         self.clock = -1  # index of the latest call of a unit
         self.made: dict[int, int] = {}  # tensor number -> clock
+        self.first: dict[int, int] = {}  # tensor number -> its first dimension
         self.last_use: dict[int, int] = {}
         self.users: dict[int, int] = defaultdict(int)
         self.glue: dict[str, set[int]] = defaultdict(set)
@@ -470,6 +483,7 @@ class _Recorder(Isolation):
     def _tag(self, tensor: Tensor, number: int) -> None:
         super()._tag(tensor, number)
         self.made[number] = self.clock
+        self.first[number] = tensor.shape[0] if tensor.dim() else 0
         if self.source is not None:
             self.sources[number] = self.source
 
@@ -497,10 +511,11 @@ class _Recorder(Isolation):
         if first:
             tags = [getattr(t, _TAG, None) for t in entering]
             numbers = frozenset(tag.number for tag in tags if tag is not None and tag.run is self._run)
-            self.notes[name] = _Note(self.clock, [tuple(t.shape) for t in entering], numbers, chained, self.source)
+            shapes = [tuple(t.shape) for t in entering]
+            self.notes[name] = _Note(self.clock, shapes, numbers, chained, self.source, self.chance.drawn)
             if self.images is None and any(len(p.shape) == 4 for p in self.modules[name].parameters()):
-                shapes = (tuple(t.shape) for t in tensors_in((args, kwargs)))
-                self.images = next((shape for shape in shapes if len(shape) == 4), None)
+                given = (tuple(t.shape) for t in tensors_in((args, kwargs)))
+                self.images = next((shape for shape in given if len(shape) == 4), None)
         del entering
         if any(p.requires_grad for p in self.modules[name].parameters()):
             self._train()
@@ -574,6 +589,17 @@ class _Recorder(Isolation):
                 )
             )
         index = {name: i for i, name in enumerate(self.notes)}
+        repeated = min(
+            (self.notes[name].clock for name in self.notes if self._normalises_twice(name)), default=self.clock
+        )
+        by_image = (
+            name
+            for name, passing in crossing.items()
+            if not (note := self.notes[name]).drawn
+            and note.clock <= repeated
+            and all(shape[:1] == (batch,) for shape in note.entering)
+            and all(self.first[number] == batch for number in passing)
+        )
         return Profile(
             units=tuple(units),
             crossing=crossing,
@@ -585,7 +611,13 @@ class _Recorder(Isolation):
             output=tuple(tuple(t.shape) for t in tensors_in(output)),
             trained=frozenset(self.trained),
             sources={name: source for name in crossing if (source := self.notes[name].source) is not None},
+            by_image=frozenset(by_image),
         )
+
+    def _normalises_twice(self, name: str) -> bool:
+        """Whether a unit that normalises over the batch runs more than once."""
+        norms = (m for m in self.modules[name].modules() if isinstance(m, _BatchNorm) and m.training)
+        return self.calls.count(name) > 1 and any(True for _ in norms)
 
 
 def read_feature(shape: tuple[int, ...], batch: int, image: tuple[int, int] | None) -> Feature:

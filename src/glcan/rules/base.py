@@ -26,6 +26,10 @@ class Joint:
     The joint images come first, in a pass of their own, so that their activations are freed before those of the others
     are made; memory is that of the larger part. Normalisation over the batch sees the two parts one by one.
 
+    Or they are those whose gradient is large (`glcan.choosing`), where there is no local learning: all images run
+    forward to the last block, which learns from them and knows the gradients at its cut; then the chosen ones run
+    through the other blocks once more, normalised as before, and take their gradients back.
+
     Attributes:
         share: of the images of a batch, rounded down; 0 for none.
         weight: of the joint gradient in all blocks but the last one, in 0 ... 1; the local gradient has the rest. With
@@ -33,11 +37,14 @@ class Joint:
             image counts as much.
         least: fewer images than this are none, since normalisation over the batch needs some; but with a weight of 1
             there is always one at least.
+        by_gradient: with a weight of 1, whether they are chosen by the size of their gradient; else they are the first
+            of the batch.
     """
 
     share: float = 0.0
     weight: float = 0.5
     least: int = 2
+    by_gradient: bool = False
 
     def images(self, batch: int, whole: int | None = None) -> int:
         """How many images of a batch of this size are joint ones.
@@ -174,8 +181,11 @@ class Rule(ABC):
         """What may be recomputed so that the last block can be longer; see `most` of `glcan.plan.longest_end`."""
         return 0.0
 
-    def joint(self, task: Task, blocks: int, batch: int) -> Joint:
-        """What part of each batch of so many images is trained end to end, of a model in so many blocks."""
+    def joint(self, task: Task, blocks: int, batch: int, by_image: bool = False) -> Joint:
+        """What part of each batch of so many images is trained end to end, of a model in so many blocks.
+
+        ``by_image``: whether images can be chosen by their gradient, see `Profile.by_image`.
+        """
         return Joint()
 
     def before_pass(self, auxiliary: nn.ModuleDict, model: nn.Module) -> None:
@@ -195,9 +205,11 @@ def read_config(rule: str, config: type[Any], options: Mapping[str, Any]) -> Any
         if name not in known:
             raise UnknownName(f"option of the rule {rule!r}", name, known, "" if known else "It has no options.")
         allowed = typing.get_args(hints[name]) or (hints[name],)
-        if typing.get_origin(hints[name]) is typing.Literal:
-            if value not in allowed:
-                raise ConfigError(f"{rule}.{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}.")
+        literal = next((h for h in (hints[name], *allowed) if typing.get_origin(h) is typing.Literal), None)
+        if literal is not None:
+            choices = typing.get_args(literal)
+            if value not in choices and not (value is None and type(None) in allowed):
+                raise ConfigError(f"{rule}.{name} is {value!r}; it must be one of {', '.join(map(repr, choices))}.")
             continue
         numeric = float in allowed and isinstance(value, int) and not isinstance(value, bool)
         wrong_bool = isinstance(value, bool) and bool not in allowed

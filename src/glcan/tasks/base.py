@@ -34,6 +34,10 @@ class Task(ABC):
         """Some images of a batch, as a batch; by default each item's entries from begin to end."""
         return tuple(item[begin:end] for item in batch)
 
+    def chosen(self, batch: tuple[Any, ...], places: Tensor) -> tuple[Any, ...]:
+        """The images of a batch at these places [n], as a batch; by default each item's entries there."""
+        return tuple(item[places] if isinstance(item, Tensor) else [item[i] for i in places.tolist()] for item in batch)
+
     @abstractmethod
     def example(self, batch: int, channels: int, image: tuple[int, int]) -> tuple[Any, ...]:
         """A batch of the shapes that the task has, for planning; its values mean nothing.

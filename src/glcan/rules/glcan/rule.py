@@ -55,6 +55,8 @@ _JOINT = {"super-resolution": Joint(0.5, 1.0), "detection": Joint(0.75, 1.0)}
 _LEAST_IMAGES = 16
 _FEW_BLOCKS, _FEW = 4, Joint(0.875, 1.0)
 _MANY = Joint(0.75, 1.0)
+_CHOSEN = Joint(0.5, 1.0, by_gradient=True)  # for which BatchNorm sees the whole batch
+_OF_JOINT = ("joint", "joint_weight", "joint_by", "long_end")  # options that count without auxiliary networks
 _UNIT_SHARES = {"classification": 0.6, "super-resolution": 0.3, "detection": 0.0}
 # Classification with light units, and super-resolution: how far networks of the same structure are drawn together.
 _COUPLING = 0.1
@@ -112,6 +114,8 @@ class GLCAN(Rule):
                 batch has at least 64, and 0 in smaller ones.
             joint_weight: of that gradient in all blocks but the last one; with 1 there are no auxiliary networks; none:
                 1 for super-resolution, detection and the 0.875 and 0.75 of classification, else the share itself.
+            joint_by: with a weight of 1, which images these are: "gradient", those with large gradients behind the last
+                cut, or "order", the first ones of the batch; none: "gradient" for classification, else "order".
         """
 
         budget: float | None = None
@@ -130,6 +134,7 @@ class GLCAN(Rule):
         long_end: float | None = None
         joint: float | None = None
         joint_weight: float | None = None
+        joint_by: Literal["gradient", "order"] | None = None
 
         def __post_init__(self) -> None:
             if self.budget is not None and not 0 < self.budget <= 10:
@@ -299,31 +304,36 @@ class GLCAN(Rule):
     def long_end(self, task: Task) -> float:
         return _LONG_ENDS[task.name] if self.config.long_end is None else self.config.long_end
 
-    def joint(self, task: Task, blocks: int, batch: int) -> Joint:
+    def joint(self, task: Task, blocks: int, batch: int, by_image: bool = False) -> Joint:
         if blocks == 1 or self.config.joint == 0:
             return Joint()
         own = _JOINT.get(task.name)
+        by = self.config.joint_by or ("order" if own else None)
+        chosen = by_image and by != "order"
         if self.config.joint is not None:
-            found = Joint(self.config.joint, own.weight if own else self.config.joint)
+            found = Joint(self.config.joint, own.weight if own else self.config.joint, by_gradient=chosen)
         elif own is not None:
-            found = own
+            found = dataclasses.replace(own, by_gradient=chosen)
         else:
-            found = self._of_classification(blocks, batch)
+            found = self._of_classification(blocks, batch, chosen)
         weight = self.config.joint_weight or found.weight
         given = [f.name for f in dataclasses.fields(self.config) if getattr(self.config, f.name) != f.default]
-        if weight == 1 and (useless := [name for name in given if name not in ("joint", "joint_weight", "long_end")]):
+        if weight == 1 and (useless := [name for name in given if name not in _OF_JOINT]):
             raise ConfigError(
                 f"glcan.{useless[0]} is {getattr(self.config, useless[0])!r}, but there are no auxiliary networks with "
                 f"joint_weight 1{'' if self.config.joint_weight else f', the default of {task.name} here'}. "
                 "Leave it out, or set joint_weight below 1 or joint to 0."
             )
-        return dataclasses.replace(found, weight=weight)
+        return dataclasses.replace(found, weight=weight, by_gradient=found.by_gradient and weight == 1)
 
-    def _of_classification(self, blocks: int, batch: int) -> Joint:
-        """The joint images by default: without local learning where the others are enough for BatchNorm."""
+    def _of_classification(self, blocks: int, batch: int, chosen: bool) -> Joint:
+        """The joint images by default: without local learning where that can be without harm to BatchNorm."""
         if self.config.joint_weight in (None, 1):
-            if blocks <= _FEW_BLOCKS and batch - _FEW.images(batch) >= _LEAST_IMAGES:
+            few = blocks <= _FEW_BLOCKS and batch - _FEW.images(batch) >= _LEAST_IMAGES
+            if few and self.config.joint_by != "gradient":
                 return _FEW
+            if chosen:
+                return _CHOSEN
             if batch // blocks < _LEAST_IMAGES and batch - _MANY.images(batch) >= _LEAST_IMAGES:
                 return _MANY
         return Joint(1 / blocks, 1 / blocks, _LEAST_IMAGES)
