@@ -122,6 +122,8 @@ _FASHION = {
 }
 _ALONE = {"joint": 0.0}  # what the auxiliary networks do alone, without joint images
 _QUARTER = {"joint": 0.25, "joint_weight": 0.25}  # the default of four blocks until they had seven eighths
+# The default of 16 blocks until images were chosen by their gradients.
+_FIRST = {"joint": 0.75, "joint_weight": 1.0, "joint_by": "order"}
 _UNLIMITED = {"unit_share": 0.0, "unit_cost": 0.0, "memory": 100.0}  # so that the budget alone sets the width
 _PARTS_OF_GLCAN: dict[str, dict[str, Any]] = {
     "both branches": {"use_local": True},
@@ -149,6 +151,7 @@ BENCHES = {
             *_RULES,
             Entry("glcan without joint images", "glcan", _ALONE),
             Entry("glcan, a quarter joint", "glcan", _QUARTER),
+            Entry("glcan, the first images joint", "glcan", _FIRST),
             *_started("classification", "dgl", "glcan"),
             *_FINISHED,
             *_accumulated(4, 16),
@@ -183,6 +186,7 @@ BENCHES = {
         (
             Entry("glcan", "glcan"),
             Entry("without joint images", "glcan", _ALONE),
+            Entry("the first images joint", "glcan", _FIRST),
             *(
                 Entry(f"{name}, without joint images", "glcan", options | _ALONE)
                 for name, options in _PARTS_OF_GLCAN.items()

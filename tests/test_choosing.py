@@ -17,6 +17,7 @@ from torch.optim import SGD
 
 from glcan import LocalLearner, measure_step, profile
 from glcan.choosing import Received, choose, sizes_of
+from glcan.errors import ConfigError
 from glcan.models import create
 from glcan.rules import Joint
 from glcan.rules import create as create_rule
@@ -298,11 +299,22 @@ class Odd(nn.Module):
 )
 def test_chance_and_repeated_normalisation_allow_no_choice(kind: str, chooses: bool) -> None:
     images, labels = torch.randn(64, 3, 8, 8), torch.randint(0, 10, (64,))
-    built = LocalLearner(Odd(kind), sample=(images, labels), cuts=["body.1", "body.3"])
+    cuts = [f"body.{i}" for i in range(4)]
+    built = LocalLearner(Odd(kind), sample=(images, labels), cuts=cuts)
     assert built._joint.by_gradient is chooses
     assert (built._choice is not None) is chooses
     built.backward(images, labels)
     assert all(p.grad is not None for p in built.model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["dropout", "twice"])
+def test_a_choice_that_cannot_be_made_is_refused(kind: str) -> None:
+    images, labels = torch.randn(64, 3, 8, 8), torch.randint(0, 10, (64,))
+    asked = {"joint_by": "gradient"}
+    with pytest.raises(ConfigError, match=r"before the cut at 'body\.3' random numbers .* Leave joint_by out"):
+        LocalLearner(Odd(kind), sample=(images, labels), cuts=["body.1", "body.3"], rule_options=asked)
+    assert LocalLearner(Odd(kind), sample=(images, labels), cuts=["body.0"], rule_options=asked)._joint.by_gradient
+    assert LocalLearner(Odd(kind), sample=(images, labels), blocks=1, rule_options=asked).plan.blocks == 1
 
 
 def test_cuts_before_the_chance_are_by_image() -> None:
@@ -342,7 +354,9 @@ def test_attention_without_dropout_is_no_chance() -> None:
 def test_the_default() -> None:
     rule, task = create_rule("glcan", {}), Classification()
     assert rule.joint(task, 16, 128, by_image=True) == Joint(0.5, 1.0, by_gradient=True)
-    assert rule.joint(task, 4, 32, by_image=True) == Joint(0.5, 1.0, by_gradient=True)
+    assert rule.joint(task, 8, 16, by_image=True) == rule.joint(task, 16, 1024, by_image=True)
+    assert rule.joint(task, 4, 64, by_image=True) == Joint(0.25, 0.25, 16)
+    assert rule.joint(task, 8, 15, by_image=True).images(15) == 0
     assert rule.joint(task, 4, 128, by_image=True) == Joint(0.875, 1.0)
     assert create_rule("glcan", {"joint_by": "gradient"}).joint(task, 4, 128, by_image=True).share == 0.5
     assert not rule.joint(task, 16, 128).by_gradient

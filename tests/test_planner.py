@@ -160,8 +160,9 @@ def test_a_budget_is_kept_as_cheaply_as_it_goes() -> None:
         found = glcan.plan(network, sample=sample, memory=limit, optimizer=OPTIMIZER)
         assert found.cost.peak_bytes <= limit
         assert found.memory == limit
-        # less memory never costs less compute, up to what counts as the same
-        assert found.cost.flops >= last - 0.05 * found.baselines["e2e"].flops
+        # less memory never costs less compute, up to what counts as the same; less than end-to-end training is nothing
+        whole = found.baselines["e2e"].flops
+        assert found.cost.flops >= min(last, whole) - 0.05 * whole
         last = found.cost.flops
         if share == 1.0:
             assert found.plan.blocks == 1

@@ -134,35 +134,33 @@ class BatchStatistics:
 
     def __init__(self, layers: Sequence[_BatchNorm]) -> None:
         self._layers = layers
-        self._noted: dict[nn.Module, _Statistics] = {}
+        self._noted: dict[_BatchNorm, _Statistics] = {}
 
     @contextlib.contextmanager
     def noted(self) -> Iterator[None]:
         """While this is open, layers keep what they normalise with. Running statistics change as ever."""
         self._noted.clear()
-        counts: dict[nn.Module, int] = {}
+        found: dict[_BatchNorm, tuple[Tensor, Tensor]] = {}
 
-        def noting(layer: Any, forward: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
-            counts[layer] = x.numel() // x.shape[1]
-            like = next((t for t in (layers[layer]["running_mean"], layer.weight) if t is not None), None)
-            zeros = torch.zeros(x.shape[1], device=x.device, dtype=torch.float32 if like is None else like.dtype)
+        def noting(layer: _BatchNorm, forward: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            like = next((t for t in (before[layer]["running_mean"], layer.weight) if t is not None), None)
+            mean = torch.zeros(x.shape[1], device=x.device, dtype=torch.float32 if like is None else like.dtype)
+            found[layer] = mean, torch.zeros_like(mean)
             # With a momentum of 1, what the layer leaves as its running statistics are the batch's own.
-            _set(layer, running_mean=zeros, running_var=zeros.clone(), momentum=1.0, num_batches_tracked=None)
-            layer.track_running_stats = True
-            return forward(x, *args, **kwargs)
+            running = dict(zip(("running_mean", "running_var"), found[layer], strict=True))
+            _set(layer, **running, momentum=1.0, num_batches_tracked=None, track_running_stats=True)
+            out = forward(x, *args, **kwargs)
+            biased = 1 - x.shape[1] / x.numel()
+            self._noted[layer] = _Statistics(mean, found[layer][1] * biased)
+            return out
 
-        layers = {layer: _get(layer) for layer in self._layers if layer.training}
+        before = {layer: _get(layer) for layer in self._layers if layer.training}
         try:
-            with overridden((layer, partial(noting, layer, layer.forward)) for layer in layers):
+            with overridden((layer, partial(noting, layer, layer.forward)) for layer in before):
                 yield
-            for layer in counts:
-                assert layer.running_mean is not None
-                biased = 1 - 1 / counts[layer]
-                self._noted[layer] = _Statistics(layer.running_mean, layer.running_var * biased)
         finally:
-            found = {layer: (layer.running_mean, layer.running_var) for layer in counts}
-            for layer, before in layers.items():
-                _set(layer, **before)
+            for layer, values in before.items():
+                _set(layer, **values)
                 if layer in found and layer.track_running_stats and layer.running_mean is not None:
                     _update(layer, *found[layer])
 

@@ -199,6 +199,13 @@ class LocalLearner:
         self.plan = self._make_plan(batch, blocks, cuts, recompute)
         by_image = bool(self.plan.cuts) and self.plan.cuts[-1] in self.profile.by_image
         self._joint = self.rule.joint(self.task, self.plan.blocks, self.profile.batch, by_image)
+        if self._joint.by_gradient and self.plan.blocks > 1 and not by_image:
+            raise ConfigError(
+                "Joint images are to be chosen by their gradients, but those chosen could not be run again as they ran "
+                f"in the batch: before the cut at {self.plan.cuts[-1]!r} random numbers are drawn (dropout, stochastic "
+                "depth, a detector's resizing) or a BatchNorm layer runs twice, or what crosses it does not have the "
+                "images as its first dimension. Leave joint_by out, or cut before that (cuts=[...])."
+            )
         self.names = names = self.plan.names
         self._users = self._find_users()
         skipping: _Crossing = {}

@@ -486,9 +486,9 @@ class _Bench:
         if bound <= 0:
             return []
         found = [c for blocks in self._numbers_of_blocks() if (c := self._candidate(blocks, bound)) is not None]
-        cheapest = min((share for share, *_ in found), default=0.0)
-        # Fewer blocks lose less accuracy, so they go first among those that cost about the same.
-        return sorted(found, key=lambda c: (math.floor((c[0] - cheapest) / _SAME_COST), c[1]))
+        cheapest = max(0.0, min((share for share, *_ in found), default=0.0))
+        # Fewer blocks lose less accuracy, so they go first among those that cost about the same, or nothing.
+        return sorted(found, key=lambda c: (max(0, math.floor((c[0] - cheapest) / _SAME_COST)), c[1]))
 
     def _candidate(self, blocks: int, bound: float) -> tuple[float, int, tuple[str, ...], tuple[str, ...]] | None:
         """That of so many blocks, if there is one."""

@@ -51,7 +51,8 @@ _BUDGETS = {"classification": 0.07, "super-resolution": 0.045, "detection": 0.09
 _LONG_ENDS = {"classification": 0.0, "super-resolution": 0.32, "detection": 0.08}
 _JOINT = {"super-resolution": Joint(0.5, 1.0), "detection": Joint(0.75, 1.0)}
 # Classification: so many images the joint ones and the others are at least, for the statistics of BatchNorm. Few blocks
-# have `_FEW` of every batch that leaves as many others, more of them `_MANY` where a K-th of the batch is fewer.
+# have `_FEW` of every batch that leaves as many others; more of them have `_CHOSEN`, or, where images cannot be chosen,
+# `_MANY` where a K-th of the batch is fewer.
 _LEAST_IMAGES = 16
 _FEW_BLOCKS, _FEW = 4, Joint(0.875, 1.0)
 _MANY = Joint(0.75, 1.0)
@@ -110,12 +111,14 @@ class GLCAN(Rule):
                 none: the task's own default, 0.32 for super-resolution, 0.08 for detection, 0 for classification.
             joint: share of each batch on which all blocks learn end to end, see `glcan.rules.Joint`; none: the task's
                 own default, 0.5 for super-resolution, 0.75 for detection. For classification 0.875 with up to four
-                blocks and batches of 128 and more; else 1 / K where that is 16 images or more; else 0.75 where the
-                batch has at least 64, and 0 in smaller ones.
+                blocks and batches of 128 and more; 0.5 with more blocks and batches of 16 and more, where the model
+                lets images be chosen; else 1 / K where that is 16 images or more; else 0.75 where the batch has at
+                least 64, and 0 in smaller ones.
             joint_weight: of that gradient in all blocks but the last one; with 1 there are no auxiliary networks; none:
-                1 for super-resolution, detection and the 0.875 and 0.75 of classification, else the share itself.
+                1 for super-resolution, detection and the 0.875, 0.75 and 0.5 of classification, else the share itself.
             joint_by: with a weight of 1, which images these are: "gradient", those with large gradients behind the last
-                cut, or "order", the first ones of the batch; none: "gradient" for classification, else "order".
+                cut, or "order", the first ones of the batch; none: "gradient" for classification where the model allows
+                it (`Profile.by_image`), but for the 0.875 of few blocks, else "order".
         """
 
         budget: float | None = None
@@ -309,7 +312,7 @@ class GLCAN(Rule):
             return Joint()
         own = _JOINT.get(task.name)
         by = self.config.joint_by or ("order" if own else None)
-        chosen = by_image and by != "order"
+        chosen = (by_image and by != "order") or by == "gradient"
         if self.config.joint is not None:
             found = Joint(self.config.joint, own.weight if own else self.config.joint, by_gradient=chosen)
         elif own is not None:
@@ -329,10 +332,10 @@ class GLCAN(Rule):
     def _of_classification(self, blocks: int, batch: int, chosen: bool) -> Joint:
         """The joint images by default: without local learning where that can be without harm to BatchNorm."""
         if self.config.joint_weight in (None, 1):
-            few = blocks <= _FEW_BLOCKS and batch - _FEW.images(batch) >= _LEAST_IMAGES
-            if few and self.config.joint_by != "gradient":
+            few, asked = blocks <= _FEW_BLOCKS, self.config.joint_by == "gradient"
+            if few and not asked and batch - _FEW.images(batch) >= _LEAST_IMAGES:
                 return _FEW
-            if chosen:
+            if asked or (chosen and not few and batch >= _LEAST_IMAGES):
                 return _CHOSEN
             if batch // blocks < _LEAST_IMAGES and batch - _MANY.images(batch) >= _LEAST_IMAGES:
                 return _MANY
