@@ -216,12 +216,12 @@ def test_a_budget_is_kept_by_few_blocks_where_most_images_are_joint() -> None:
     assert found.cost.peak_bytes <= two.cost.peak_bytes
 
 
-@pytest.mark.parametrize("blocks", [2, 4])
-def test_the_flops_of_joint_images_are_foreseen(blocks: int) -> None:
+@pytest.mark.parametrize(("blocks", "share", "by_gradient"), [(2, 0.875, False), (4, 0.875, False), (8, 0.5, True)])
+def test_the_flops_of_joint_images_are_foreseen(blocks: int, share: float, by_gradient: bool) -> None:
     network, sample = create("cifar_resnet20"), batch(128)
     learner = LocalLearner(network, sample=sample, blocks=blocks)
     pieces = measure_pieces(network, (sample[0],), {}, learner.profile)
-    extra = Estimate(learner.profile, pieces).extra_flops_alone(learner.plan, 0.875)
+    extra = Estimate(learner.profile, pieces).extra_flops_alone(learner.plan, share, by_gradient)
     whole = measure_step(LocalLearner(network, sample=sample, rule="e2e"), *sample).flops
     assert extra / whole == pytest.approx(measure_step(learner, *sample).flops / whole - 1, abs=0.005)
 

@@ -115,7 +115,7 @@ class _Noted(torch.autograd.Function):
 
 @dataclasses.dataclass
 class _Statistics:
-    """What a layer normalised with in the first pass: mean [C], biased variance [C], for so many images."""
+    """What a layer normalised with in the first pass: mean [C] and biased variance [C]."""
 
     mean: Tensor
     variance: Tensor
