@@ -618,11 +618,7 @@ class LocalLearner:
             in_parts(self.model, self.profile.parted, self.profile.batch),
             self._forward_autocast(batch),
         ):
-            with (
-                self.rule.running(self.model, self.profile),
-                checkpointed(self.model, self._joint_recomputed),
-                self._frozen_forward(self.frozen),
-            ):
+            with self._forward(self._joint_recomputed, self.frozen):
                 loss = self.task.loss(self.model(*args, **kwargs), batch)
             self._backward(loss, share, scaler)
         return loss.detach()
@@ -679,11 +675,7 @@ class LocalLearner:
             isolation,
             self._forward_autocast(batch),
         ):
-            with (
-                self.rule.running(self.model, self.profile),
-                checkpointed(self.model, self._recomputed),
-                self._frozen_forward(last, partial(isolation.hand_over, received.hand_on)),
-            ):
+            with self._forward(self._recomputed, last, partial(isolation.hand_over, received.hand_on)):
                 loss = self.task.loss(self.model(*args, **kwargs), batch)
             self._check_reached(isolation)
             with isolation.replay():
@@ -713,9 +705,7 @@ class LocalLearner:
             self._choice.statistics.applied(),
             isolation,
             self._forward_autocast(batch),
-            self.rule.running(self.model, self.profile),
-            checkpointed(self.model, self._joint_recomputed),
-            self._frozen_forward(self.frozen),
+            self._forward(self._joint_recomputed, self.frozen),
         ):
             self.model(*args, **kwargs)
             self._check_reached(isolation)
@@ -784,11 +774,7 @@ class LocalLearner:
             isolation if last else contextlib.nullcontext(),
             forward,
         ):
-            with (
-                self.rule.running(self.model, self.profile),
-                checkpointed(self.model, recomputed),
-                self._frozen_forward(self.frozen),
-            ):
+            with self._forward(recomputed, self.frozen):
                 loss = self.task.loss(self.model(*args, **kwargs), batch)
             if last:
                 self._check_reached(isolation)
@@ -804,6 +790,21 @@ class LocalLearner:
                 f"The model ran without reaching the cut {isolation.cuts[isolation.block]!r} (its layers are "
                 "skipped or ran in another order); cut at a unit that always runs."
             )
+
+    @contextlib.contextmanager
+    def _forward(
+        self,
+        recomputed: Sequence[Sequence[str]],
+        frozen: int,
+        hand_over: Callable[[Any, Any], tuple[Any, Any]] | None = None,
+    ) -> Iterator[None]:
+        """While this is open, the model's forward pass recomputes these chains, and begins to learn as asked for."""
+        with (
+            self.rule.running(self.model, self.profile),
+            checkpointed(self.model, recomputed),
+            self._frozen_forward(frozen, hand_over),
+        ):
+            yield
 
     @contextlib.contextmanager
     def _frozen_forward(
