@@ -355,11 +355,13 @@ def test_the_default() -> None:
     rule, task = create_rule("glcan", {}), Classification()
     assert rule.joint(task, 16, 128, by_image=True) == Joint(0.5, 1.0, by_gradient=True)
     assert rule.joint(task, 8, 16, by_image=True) == rule.joint(task, 16, 1024, by_image=True)
-    assert rule.joint(task, 4, 64, by_image=True) == Joint(0.25, 0.25, 16)
+    assert rule.joint(task, 2, 128, by_image=True) == rule.joint(task, 16, 1024, by_image=True)
     assert rule.joint(task, 8, 15, by_image=True).images(15) == 0
-    assert rule.joint(task, 4, 128, by_image=True) == Joint(0.875, 1.0)
-    assert create_rule("glcan", {"joint_by": "gradient"}).joint(task, 4, 128, by_image=True).share == 0.5
+    assert create_rule("glcan", {"joint_by": "order"}).joint(task, 4, 128, by_image=True) == Joint(0.875, 1.0)
+    # where images cannot be chosen
     assert not rule.joint(task, 16, 128).by_gradient
+    assert rule.joint(task, 4, 128) == Joint(0.875, 1.0)
+    assert rule.joint(task, 4, 64) == Joint(0.25, 0.25, 16)
     assert not create_rule("glcan", {"joint_by": "order"}).joint(task, 16, 128, by_image=True).by_gradient
     assert not create_rule("glcan", {"joint_weight": 0.5}).joint(task, 16, 128, by_image=True).by_gradient
     for other in (Detection(), SuperResolution()):

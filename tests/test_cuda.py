@@ -37,6 +37,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "glcan": {"blocks": 4},
     "glcan-joint-0": {"blocks": 4, "rule_options": {"joint": 0.0}},
     "glcan-chosen": {"blocks": 4, "rule_options": {"joint_by": "gradient"}},
+    "glcan-in-order": {"blocks": 4, "rule_options": {"joint_by": "order"}},
 }
 MOMENTUM = partial(SGD, lr=1e-3, momentum=0.9)
 

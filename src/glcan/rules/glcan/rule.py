@@ -50,13 +50,13 @@ from glcan.tasks.super_resolution import SuperResolution
 _BUDGETS = {"classification": 0.07, "super-resolution": 0.045, "detection": 0.09}
 _LONG_ENDS = {"classification": 0.0, "super-resolution": 0.32, "detection": 0.08}
 _JOINT = {"super-resolution": Joint(0.5, 1.0), "detection": Joint(0.75, 1.0)}
-# Classification: so many images the joint ones and the others are at least, for the statistics of BatchNorm. Few blocks
-# have `_FEW` of every batch that leaves as many others; more of them have `_CHOSEN`, or, where images cannot be chosen,
-# `_MANY` where a K-th of the batch is fewer.
+# Classification: `_CHOSEN` of a batch of so many images at least. Where images cannot be chosen, so many are the joint
+# ones and the others at least, for the statistics of BatchNorm: few blocks have `_FEW` of every batch that leaves as
+# many others; more of them have `_MANY` where a K-th of the batch is fewer.
 _LEAST_IMAGES = 16
+_CHOSEN = Joint(0.5, 1.0, by_gradient=True)  # for which BatchNorm sees the whole batch
 _FEW_BLOCKS, _FEW = 4, Joint(0.875, 1.0)
 _MANY = Joint(0.75, 1.0)
-_CHOSEN = Joint(0.5, 1.0, by_gradient=True)  # for which BatchNorm sees the whole batch
 _OF_JOINT = ("joint", "joint_weight", "joint_by", "long_end")  # options that count without auxiliary networks
 _UNIT_SHARES = {"classification": 0.6, "super-resolution": 0.3, "detection": 0.0}
 # Classification with light units, and super-resolution: how far networks of the same structure are drawn together.
@@ -110,15 +110,15 @@ class GLCAN(Rule):
                 longer within the memory of the other blocks, up to this share of the model's forward FLOPs; 0: not;
                 none: the task's own default, 0.32 for super-resolution, 0.08 for detection, 0 for classification.
             joint: share of each batch on which all blocks learn end to end, see `glcan.rules.Joint`; none: the task's
-                own default, 0.5 for super-resolution, 0.75 for detection. For classification 0.875 with up to four
-                blocks and batches of 128 and more; 0.5 with more blocks and batches of 16 and more, where the model
-                lets images be chosen; else 1 / K where that is 16 images or more; else 0.75 where the batch has at
-                least 64, and 0 in smaller ones.
+                own default, 0.5 for super-resolution, 0.75 for detection. For classification 0.5 of batches of 16 and
+                more where the model lets images be chosen; else 0.875 with up to four blocks and batches of 128 and
+                more; else 1 / K where that is 16 images or more; else 0.75 where the batch has at least 64, and 0 in
+                smaller ones.
             joint_weight: of that gradient in all blocks but the last one; with 1 there are no auxiliary networks; none:
                 1 for super-resolution, detection and the 0.875, 0.75 and 0.5 of classification, else the share itself.
             joint_by: with a weight of 1, which images these are: "gradient", those with large gradients behind the last
                 cut, or "order", the first ones of the batch; none: "gradient" for classification where the model allows
-                it (`Profile.by_image`), but for the 0.875 of few blocks, else "order".
+                it (`Profile.by_image`), else "order".
         """
 
         budget: float | None = None
@@ -332,11 +332,10 @@ class GLCAN(Rule):
     def _of_classification(self, blocks: int, batch: int, chosen: bool) -> Joint:
         """The joint images by default: without local learning where that can be without harm to BatchNorm."""
         if self.config.joint_weight in (None, 1):
-            few, asked = blocks <= _FEW_BLOCKS, self.config.joint_by == "gradient"
-            if few and not asked and batch - _FEW.images(batch) >= _LEAST_IMAGES:
-                return _FEW
-            if asked or (chosen and not few and batch >= _LEAST_IMAGES):
+            if self.config.joint_by == "gradient" or (chosen and batch >= _LEAST_IMAGES):
                 return _CHOSEN
+            if blocks <= _FEW_BLOCKS and batch - _FEW.images(batch) >= _LEAST_IMAGES:
+                return _FEW
             if batch // blocks < _LEAST_IMAGES and batch - _MANY.images(batch) >= _LEAST_IMAGES:
                 return _MANY
         return Joint(1 / blocks, 1 / blocks, _LEAST_IMAGES)
