@@ -227,9 +227,12 @@ class _Reading(nn.Module):
 def test_what_reads_values_cannot_be_recorded_and_runs_on_without() -> None:
     sample = (torch.rand(32, 8, device="cuda"), torch.zeros(32, dtype=torch.int64, device="cuda"))
     learner = LocalLearner(_Reading().cuda(), sample=sample, rule="e2e", optimizer=MOMENTUM, cuda_graph=True)
+    stream = torch.cuda.current_stream()
     with pytest.raises(ConfigError, match="reads a value"):
         for _ in range(3):
             learner.step(*sample)
+    assert torch.cuda.current_stream() == stream
+    assert torch.rand(8, device="cuda").unique().numel() > 1
     learner.cuda_graph = False
     assert torch.isfinite(learner.step(*sample)["block1"])
 

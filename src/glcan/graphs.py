@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -137,7 +138,7 @@ class PassGraphs:
         recomputes: bool,
     ) -> RecordedPass:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(device):
+        with torch.cuda.device(device), _left_as_it_was(device):
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
             try:
@@ -157,6 +158,20 @@ class PassGraphs:
                 for parameter in parameters:
                     parameter.grad = None
         return RecordedPass(graph, list(tensors_in(batch)), losses, gradients, recomputes)
+
+
+@contextlib.contextmanager
+def _left_as_it_was(device: torch.device) -> Iterator[None]:
+    """A recording that fails leaves its own stream the current one, and a random generator that refuses to draw."""
+    stream = torch.cuda.current_stream(device)
+    try:
+        yield
+    except BaseException:
+        torch.cuda.set_stream(stream)
+        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        with contextlib.suppress(RuntimeError):  # the first error is the one to show
+            generator.graphsafe_set_state(generator.clone_state())
+        raise
 
 
 def _cause(error: BaseException) -> str:
