@@ -121,9 +121,9 @@ _FASHION = {
     "precision": "bf16",  # half the time on a CPU with instructions for it (AMX)
 }
 _ALONE = {"joint": 0.0}  # what the auxiliary networks do alone, without joint images
-_QUARTER = {"joint": 0.25, "joint_weight": 0.25}  # the default of four blocks until they had seven eighths
-# The default of 16 blocks until images were chosen by their gradients.
-_FIRST = {"joint": 0.75, "joint_weight": 1.0, "joint_by": "order"}
+# The default until images were chosen by their gradients: with four blocks 7/8 of each batch, with 16 3/4.
+_FIRST = {"joint_by": "order"}
+_QUARTER = {"joint": 0.25, "joint_weight": 0.25}  # the default of four blocks before those
 _UNLIMITED = {"unit_share": 0.0, "unit_cost": 0.0, "memory": 100.0}  # so that the budget alone sets the width
 _PARTS_OF_GLCAN: dict[str, dict[str, Any]] = {
     "both branches": {"use_local": True},
