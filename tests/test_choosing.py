@@ -15,6 +15,7 @@ from tests.zoo import assert_equal, gradients
 from torch import Tensor, nn
 from torch.optim import SGD
 
+import glcan
 from glcan import LocalLearner, measure_step, profile
 from glcan.choosing import Received, choose, sizes_of
 from glcan.errors import ConfigError
@@ -418,3 +419,12 @@ def test_a_chain_without_normalisation_needs_no_statistics() -> None:
     built = learner(model(), 0.5)
     assert built._choice is not None
     assert built._choice.statistics._layers == []
+
+
+def test_more_blocks_than_memory_can_have_hold_no_more_than_fewer() -> None:
+    """Where the units of the images' pass alone hold more than a K-th, they are recomputed in longer chains."""
+    sample = torch.rand(32, 3, 16, 16), torch.randint(0, 10, (32,))
+    net = create("cifar_resnet110", num_classes=10)
+    few, many = (glcan.plan(net, sample=sample, blocks=k, baselines=()).cost for k in (16, 55))
+    assert many.activation_peak_bytes <= 1.01 * few.activation_peak_bytes
+    assert many.flops < 1.05 * few.flops

@@ -11,6 +11,7 @@ import bisect
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,6 +32,8 @@ from glcan.tasks.base import Task
 _COMPUTE = 1.05
 #: What is asked for then, in turn, as shares of the memory.
 _PARTS_OF_ROOM = tuple(0.95 - 0.05 * k for k in range(17))
+#: From one bound that is tried to the next.
+_STEP = 1.05
 #: Places that are tried one by one where more recomputation does not mean less memory.
 _TRIED = 32
 
@@ -294,7 +297,7 @@ class Estimate:
             plain = Estimate(self.profile, self._known, gradients=False)
             return plain.recomputed_at_once(plan, share, alone, by_gradient)
         if stop is None:
-            stop = min(reversed(range(most + 1)), key=lambda k: self.end(0, k, bound, to)[0])
+            stop, bound = self._least(most, bound, to)
         if alone:
             stop, bound = self._for_the_flops_saved(share, ends[-1], room, most, (stop, bound), by_gradient)
         return [chain for a, b in self.end(0, stop, bound, to)[1] for chain in chains(runs[a:b])]
@@ -336,6 +339,20 @@ class Estimate:
         if fits(stop):
             return stop
         return next((k for k in range(0, most, max(1, most // _TRIED)) if fits(k)), None)
+
+    def _least(self, most: int, bound: float, to: int) -> tuple[int, float]:
+        """Up to where to recompute, and the bound, where the one that is asked for cannot be kept: the least that can.
+
+        A bound that is too small would make all segments as short as they can be, and keep what enters each.
+        """
+        highest = max(0, math.ceil(math.log(self.end(0, 0, bound, to)[0] / bound, _STEP)))  # nothing is recomputed
+
+        def kept(k: int) -> bool:
+            return self._first_within(most, bound * _STEP**k, to) is not None
+
+        bound *= _STEP ** bisect.bisect_left(range(highest), x=True, key=kept)
+        stop = self._first_within(most, bound, to)
+        return (0 if stop is None else stop), bound
 
     def extra_flops(self, i: int, j: int) -> int:
         """FLOPs of the block from place i to place j beyond its share of end-to-end training; may be negative."""
