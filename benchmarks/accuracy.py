@@ -47,7 +47,7 @@ class Comparison:
 COMPARISONS = {
     "fashion_mnist_resnet32": Comparison(
         "fashion-mnist-resnet32",
-        ("e2e", "checkpoint", "e2e+accumulate:4", "glcan:4", "glcan:4+start", "glcan:16", "glcan:16+start"),
+        ("e2e", "checkpoint", "e2e+accumulate:4", "glcan:4", "glcan:16"),
         (0, 1, 2),
     ),
     "photographs_edsr_small": Comparison(

@@ -17,7 +17,7 @@ from glcan import report
 from glcan.cli import app
 from glcan.cli.options import SETTINGS, configure
 from glcan.data import load
-from glcan.errors import ConfigError
+from glcan.errors import ConfigError, CutError
 from glcan.training import RunConfig, RunDirectory
 from glcan.training.config import flag
 from glcan.training.side_by_side import cpus
@@ -260,13 +260,13 @@ def test_compare_hands_over_what_was_given(glcan, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert glcan("compare").exit_code == 0
     assert glcan("compare", "--batch", "4").exit_code == 0
-    assert calls.pop()[0][1] == ["e2e", "checkpoint", "glcan:4", "glcan:4+start"]
+    assert calls.pop()[0][1] == ["e2e", "checkpoint", "glcan:4", "glcan:8"]
     quiet = glcan("compare", "--methods", "e2e, glcan:2", "--seeds", "3,4", "--lr", "0.2", "--quiet", "--jobs", "3")
     assert quiet.exit_code == 0
     assert "the table" in quiet.output
     (config, methods, seeds, out), options = calls[0]
     assert (config, seeds) == (RunConfig(), [0])
-    assert methods == ["e2e", "checkpoint", "e2e+accumulate:4", "glcan:4", "glcan:4+start"]
+    assert methods == ["e2e", "checkpoint", "e2e+accumulate:4", "glcan:4", "glcan:8"]
     assert str(out) == "runs/compare-digits-cifar_resnet20"
     assert options == {"progress": True, "share_exact": False, "jobs": 1 if torch.cuda.is_available() else 2 * cpus()}
     (config, methods, seeds, out), options = calls[1]
@@ -282,6 +282,27 @@ def test_compare_hands_over_what_was_given(glcan, tmp_path, monkeypatch):
     refused = glcan("compare", "--seeds", "one")
     assert refused.exit_code == 2
     assert "--seeds 'one' is no list of whole numbers" in refused.stderr
+
+
+@pytest.mark.parametrize("methods", [[], ["--methods", "e2e,glcan:8"]])
+def test_the_default_comparison_leaves_out_what_the_model_is_too_small_for(glcan, tmp_path, monkeypatch, methods):
+    tried = []
+
+    def comparing(config, names, *args, **kwargs):
+        tried.append(names)
+        if "glcan:8" in names:
+            raise CutError("blocks=8, but this model can be cut into 1 to 5 blocks.")
+
+    monkeypatch.setattr(report, "compare", comparing)
+    monkeypatch.chdir(tmp_path)
+    result = glcan("compare", *methods)
+    if methods:
+        assert result.exit_code == 2
+        assert "1 to 5 blocks" in result.stderr
+        assert tried == [["e2e", "glcan:8"]]
+    else:
+        assert result.exit_code == 0
+        assert tried[1:] == [["e2e", "checkpoint", "e2e+accumulate:4", "glcan:4"]]
 
 
 def test_compare(glcan, tmp_path):
