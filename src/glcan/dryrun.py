@@ -14,7 +14,7 @@ import random
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -134,13 +134,24 @@ def _selecting_all(index: Any) -> list[Any]:
 
 
 class RandomNumbers(TorchDispatchMode):
-    """Notes whether random numbers are drawn while it is open."""
+    """Notes whether random numbers are drawn while it is open, other than `aside`."""
 
     drawn = False
+    _aside: ClassVar[int] = 0
+
+    @classmethod
+    @contextlib.contextmanager
+    def aside(cls) -> Iterator[None]:
+        """While this is open, nobody takes notes."""
+        cls._aside += 1
+        try:
+            yield
+        finally:
+            cls._aside -= 1
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if torch.Tag.nondeterministic_seeded in func.tags and _probability(func, args, kwargs):
+        if not self._aside and torch.Tag.nondeterministic_seeded in func.tags and _probability(func, args, kwargs):
             self.drawn = True
         return func(*args, **kwargs)
 

@@ -203,7 +203,7 @@ class LocalLearner:
             raise ConfigError(
                 "Joint images are to be chosen by their gradients, but those chosen could not be run again as they ran "
                 f"in the batch: before the cut at {self.plan.cuts[-1]!r} random numbers are drawn (dropout, stochastic "
-                "depth, a detector's resizing) or a BatchNorm layer runs twice, or what crosses it does not have the "
+                "depth) or a BatchNorm layer runs twice, or what crosses it does not have the "
                 "images as its first dimension. Leave joint_by out, or cut before that (cuts=[...])."
             )
         self.names = names = self.plan.names
@@ -636,7 +636,6 @@ class LocalLearner:
         ``weight``: of the batch's losses.
         """
         last = self.plan.blocks - 1
-        loss, received = self._last_alone(batch, scaler, weight)
 
         def done(block: int) -> None:
             with _no_autocast(loss):
@@ -645,19 +644,23 @@ class LocalLearner:
                 if self.after_block is not None:
                     self.after_block(self.names[block])
 
-        done(last)
-        sent = [gradient for gradient in received if gradient is not None]
-        if self.frozen < last and sent:
-            images = len(batch[0])
-            if count < images:
-                places, weights = choose(sizes_of(sent), count)
-                for i, gradient in enumerate(received):
-                    if gradient is not None:
-                        scale = weights.to(gradient.dtype).view(-1, *[1] * (gradient.dim() - 1))
-                        received[i] = gradient[places].mul_(scale)
-                batch = self.task.chosen(batch, places)
-            sent.clear()
-            self._send_back(batch, received)
+        with self.task.repeatable(self.model) as again:
+            loss, received = self._last_alone(batch, scaler, weight)
+            done(last)
+            sent = [gradient for gradient in received if gradient is not None]
+            if self.frozen < last and sent:
+                images = len(batch[0])
+                places = torch.arange(images, device=sent[0].device)
+                if count < images:
+                    places, weights = choose(sizes_of(sent), count)
+                    for i, gradient in enumerate(received):
+                        if gradient is not None:
+                            scale = weights.to(gradient.dtype).view(-1, *[1] * (gradient.dim() - 1))
+                            received[i] = gradient[places].mul_(scale)
+                    batch = self.task.chosen(batch, places)
+                sent.clear()
+                with again(places):
+                    self._send_back(batch, received)
         for block in range(self.frozen, last):
             done(block)
         return {self.names[last]: loss}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -37,6 +38,14 @@ class Task(ABC):
     def chosen(self, batch: tuple[Any, ...], places: Tensor) -> tuple[Any, ...]:
         """The images of a batch at these places [n], as a batch; by default each item's entries there."""
         return tuple(item[places] if isinstance(item, Tensor) else [item[i] for i in places.tolist()] for item in batch)
+
+    @contextlib.contextmanager
+    def repeatable(self, model: nn.Module) -> Iterator[Callable[[Tensor], contextlib.AbstractContextManager[None]]]:
+        """Entered around a pass of a batch and one of its images at some places, which is to run as they ran there.
+
+        What it gives is called with the places [n] and entered around the second pass.
+        """
+        yield lambda places: contextlib.nullcontext()
 
     @abstractmethod
     def example(self, batch: int, channels: int, image: tuple[int, int]) -> tuple[Any, ...]:

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import handle_torch_function, has_torch_function
 
+from glcan.dryrun import RandomNumbers
 from glcan.errors import ConfigError, DataError
-from glcan.isolation import tensors_in
+from glcan.isolation import overridden, tensors_in
 from glcan.tasks.base import Task
 
 _PART = 2**22  # predictions for which the losses are computed at a time, at least: 16 MiB of them
@@ -81,10 +82,16 @@ class Detection(Task):
             if arguments and len(arguments[0]):
                 self._seen = arguments[0][0], output
 
+        def aside(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            with RandomNumbers.aside():  # `repeatable` has no need to draw them again
+                return forward(*args, **kwargs)
+
         self._classes = classes_of(model)
         with contextlib.ExitStack() as stack:
             if isinstance(transform := getattr(model, "transform", None), nn.Module):
                 stack.callback(transform.register_forward_hook(keep).remove)
+            if (known := _transform_of(model)) is not None:
+                stack.enter_context(overridden([(known, functools.partial(aside, known.forward))]))
             stack.enter_context(losses_in_parts(model))
             if _has_torchvisions_losses(model):
                 vars(model)["compute_loss"] = _as_one_operation(model.compute_loss)  # type: ignore[arg-type]
@@ -93,6 +100,35 @@ class Detection(Task):
                 yield
             finally:
                 self._seen = None
+
+    @contextlib.contextmanager
+    def repeatable(self, model: nn.Module) -> Iterator[Callable[[Tensor], contextlib.AbstractContextManager[None]]]:
+        """The second pass has what torchvision's transform made of the images in the first: sizes and padding."""
+        from torchvision.models.detection.image_list import ImageList
+
+        transform = _transform_of(model)
+        made: list[Any] = []
+
+        @contextlib.contextmanager
+        def again(places: Tensor) -> Iterator[None]:
+            some = places.tolist()
+            images, targets = made.pop()
+            found = ImageList(images.tensors[places], [images.image_sizes[i] for i in some]), [targets[i] for i in some]
+            del images
+            assert transform is not None
+            with overridden([(transform, lambda *args: found)]):
+                yield
+
+        if transform is None:
+            with super().repeatable(model) as found:
+                yield found
+            return
+        handle = transform.register_forward_hook(lambda module, arguments, output: made.append(output))
+        try:
+            yield again
+        finally:
+            handle.remove()
+            made.clear()
 
     def transformed(self, batch: tuple[Any, ...], transform: nn.Module) -> tuple[Any, list[dict[str, Tensor]]]:
         """Images and targets as the model's transform left them (resized, perhaps at random) in this very step.
@@ -111,6 +147,14 @@ class Detection(Task):
 
     def local_loss(self, prediction: Any, batch: tuple[Any, ...]) -> Tensor:
         return total_loss(prediction, "An auxiliary network")
+
+
+def _transform_of(model: nn.Module) -> nn.Module | None:
+    """What normalises, resizes and pads the images of torchvision's detectors."""
+    from torchvision.models.detection.transform import GeneralizedRCNNTransform
+
+    transform = getattr(model, "transform", None)
+    return transform if isinstance(transform, GeneralizedRCNNTransform) else None
 
 
 def _has_torchvisions_losses(model: nn.Module) -> bool:

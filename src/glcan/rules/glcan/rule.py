@@ -50,11 +50,11 @@ from glcan.tasks.super_resolution import SuperResolution
 _BUDGETS = {"classification": 0.07, "super-resolution": 0.045, "detection": 0.09}
 _LONG_ENDS = {"classification": 0.0, "super-resolution": 0.32, "detection": 0.08}
 _JOINT = {"super-resolution": Joint(0.5, 1.0), "detection": Joint(0.75, 1.0)}
+_CHOSEN = Joint(0.5, 1.0, by_gradient=True)  # for which BatchNorm sees the whole batch
 # Classification: `_CHOSEN` of a batch of so many images at least. Where images cannot be chosen, so many are the joint
 # ones and the others at least, for the statistics of BatchNorm: few blocks have `_FEW` of every batch that leaves as
 # many others; more of them have `_MANY` where a K-th of the batch is fewer.
 _LEAST_IMAGES = 16
-_CHOSEN = Joint(0.5, 1.0, by_gradient=True)  # for which BatchNorm sees the whole batch
 _FEW_BLOCKS, _FEW = 4, Joint(0.875, 1.0)
 _MANY = Joint(0.75, 1.0)
 _OF_JOINT = ("joint", "joint_weight", "joint_by", "long_end")  # options that count without auxiliary networks
@@ -316,7 +316,7 @@ class GLCAN(Rule):
         if self.config.joint is not None:
             found = Joint(self.config.joint, own.weight if own else self.config.joint, by_gradient=chosen)
         elif own is not None:
-            found = dataclasses.replace(own, by_gradient=chosen)
+            found = _CHOSEN if chosen else own
         else:
             found = self._of_classification(blocks, batch, chosen)
         weight = self.config.joint_weight or found.weight
