@@ -428,3 +428,50 @@ def test_more_blocks_than_memory_can_have_hold_no_more_than_fewer() -> None:
     few, many = (glcan.plan(net, sample=sample, blocks=k, baselines=()).cost for k in (16, 55))
     assert many.activation_peak_bytes <= 1.01 * few.activation_peak_bytes
     assert many.flops < 1.05 * few.flops
+
+
+# -- detection ---------------------------------------------------------------------------------------------------------
+
+
+def scenes() -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    generator = torch.Generator().manual_seed(6)
+    sizes = [(64, 80), (80, 64), (64, 64), (72, 80)]
+    images = [torch.rand(3, *size, generator=generator) for size in sizes]
+    boxes = [torch.tensor([[8.0 + 4 * i, 8.0, 40.0, 50.0], [2.0, 3.0, 30.0, 20.0 + i]]) for i in range(len(sizes))]
+    return images, [{"boxes": box, "labels": torch.tensor([1, 2])} for box in boxes]
+
+
+def detector(**sizes: Any) -> nn.Module:
+    torch.manual_seed(7)
+    return create("fcos_small", num_classes=3, width=8, channels=32, **sizes)
+
+
+@pytest.mark.parametrize("joint", [1.0, 0.5])
+def test_detectors_see_images_as_they_were_resized_and_padded_the_first_time(joint: float) -> None:
+    net = detector(min_size=(48, 64, 80), max_size=96)
+    whole = copy.deepcopy(net)
+    built = LocalLearner(net, "detection", scenes(), blocks=3, rule_options={"joint_by": "gradient"})
+    assert built._joint == Joint(0.5, 1.0, by_gradient=True)
+    built._joint = Joint(joint, 1.0, by_gradient=True)
+    torch.manual_seed(8)
+    losses = built.backward(*scenes())
+    torch.manual_seed(8)
+    expected = LocalLearner(whole, "detection", scenes(), rule="e2e").backward(*scenes())
+    torch.testing.assert_close(list(losses.values()), list(expected.values()))
+    mine, theirs = gradients(net), gradients(whole)
+    cut = built.plan.cuts[-1]
+    names = [name for name, _ in net.named_parameters()]
+    early = names[: next(i for i, name in enumerate(names) if name.startswith(cut))]
+    for name in mine:
+        if joint == 1 or name not in early:
+            torch.testing.assert_close(mine[name], theirs[name], rtol=1e-3, atol=1e-5)
+    assert early
+    flat = [torch.cat([found[name].flatten() for name in early]) for found in (mine, theirs)]
+    assert F.cosine_similarity(*flat, dim=0) > 0.5
+
+
+def test_detectors_that_draw_random_numbers_elsewhere_do_not_choose() -> None:
+    net = detector()
+    net.backbone.body.bn1 = nn.Sequential(nn.Dropout(0.1), net.backbone.body.bn1)  # type: ignore[union-attr]
+    with pytest.raises(ConfigError, match="random numbers are drawn"):
+        LocalLearner(net, "detection", scenes(), blocks=3, rule_options={"joint_by": "gradient"})
