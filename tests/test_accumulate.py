@@ -152,7 +152,7 @@ class TestMemory:
             return measure_step(built, *sample).activation_peak_bytes
 
         for options in ({"rule": "e2e"}, {"blocks": 3}):
-            whole, parts, part = cost(1, 32, **options), cost(4, 32, **options), cost(1, 8, **options)
+            whole, parts, part = cost(1, 64, **options), cost(4, 64, **options), cost(1, 16, **options)
             assert part <= parts < 0.35 * whole, options
 
     def test_the_planner_predicts_it(self) -> None:

@@ -216,10 +216,13 @@ def test_a_budget_is_kept_by_few_blocks_where_most_images_are_joint() -> None:
     assert found.cost.peak_bytes <= two.cost.peak_bytes
 
 
-@pytest.mark.parametrize(("blocks", "share", "by_gradient"), [(2, 0.875, False), (4, 0.875, False), (8, 0.5, True)])
+@pytest.mark.parametrize(
+    ("blocks", "share", "by_gradient"), [(2, 0.875, False), (4, 0.875, False), (4, 0.5, True), (8, 0.5, True)]
+)
 def test_the_flops_of_joint_images_are_foreseen(blocks: int, share: float, by_gradient: bool) -> None:
     network, sample = create("cifar_resnet20"), batch(128)
-    learner = LocalLearner(network, sample=sample, blocks=blocks)
+    options = {"joint_by": "gradient" if by_gradient else "order"}
+    learner = LocalLearner(network, sample=sample, blocks=blocks, rule_options=options)
     pieces = measure_pieces(network, (sample[0],), {}, learner.profile)
     extra = Estimate(learner.profile, pieces).extra_flops_alone(learner.plan, share, by_gradient)
     whole = measure_step(LocalLearner(network, sample=sample, rule="e2e"), *sample).flops

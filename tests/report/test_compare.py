@@ -34,6 +34,7 @@ def tiny(**changes):
         "limit": 96,
         "val": 32,
         "lr": 0.05,
+        "rule_options": {"joint": 0.0},  # auxiliary networks in all blocks but the last
     }
     return RunConfig(**(settings | {"device": "cpu"} | changes))
 
