@@ -74,13 +74,21 @@ def test_without_out_a_new_directory_each_time(glcan, tmp_path, monkeypatch):
 
 def test_options_of_every_kind(glcan, tmp_path):
     arguments = ["--no-nesterov", "--channels-last", "--optimizer", "adamw", "--val", "0.25", "--rule-option"]
-    arguments += ["use_local=true", "--rule-option", "budget=0.2", "--cuts", "layer2.0, layer3.0"]
+    arguments += [
+        "use_local=true",
+        "--rule-option",
+        "budget=0.2",
+        "--rule-option",
+        "joint=0",
+        "--cuts",
+        "layer2.0, layer3.0",
+    ]
     result = glcan("train", *QUICK[:4], "--epochs", 1, "--lr", 0.001, *arguments, "--out", tmp_path, "--device", "cpu")
     assert result.exit_code == 0, result.output
     summary = RunDirectory(tmp_path).read_summary()
     config = summary.config
     assert (config.nesterov, config.channels_last, config.optimizer, config.val) == (False, True, "adamw", 0.25)
-    assert config.rule_options == {"use_local": True, "budget": 0.2}
+    assert config.rule_options == {"use_local": True, "budget": 0.2, "joint": 0}
     assert summary.cuts == ["layer2.0", "layer3.0"]
     assert summary.blocks == 3
 
@@ -376,7 +384,7 @@ PLAN = ["plan", "cifar_resnet20", "--batch", "64"]
 
 
 def test_plan_prints_one_json_object(glcan):
-    result = glcan(*PLAN, "--blocks", 4, "--json")
+    result = glcan(*PLAN, "--blocks", 4, "--rule-option", "joint=0", "--json")
     assert result.exit_code == 0
     found = json.loads(result.stdout)
     assert (found["model"], found["task"], found["batch"]) == ("cifar_resnet20", "classification", 64)
