@@ -73,16 +73,10 @@ def test_without_out_a_new_directory_each_time(glcan, tmp_path, monkeypatch):
 
 
 def test_options_of_every_kind(glcan, tmp_path):
-    arguments = ["--no-nesterov", "--channels-last", "--optimizer", "adamw", "--val", "0.25", "--rule-option"]
-    arguments += [
-        "use_local=true",
-        "--rule-option",
-        "budget=0.2",
-        "--rule-option",
-        "joint=0",
-        "--cuts",
-        "layer2.0, layer3.0",
-    ]
+    arguments = ["--no-nesterov", "--channels-last", "--optimizer", "adamw", "--val", "0.25"]
+    arguments += ["--cuts", "layer2.0, layer3.0"]
+    for option in ("use_local=true", "budget=0.2", "joint=0"):
+        arguments += ["--rule-option", option]
     result = glcan("train", *QUICK[:4], "--epochs", 1, "--lr", 0.001, *arguments, "--out", tmp_path, "--device", "cpu")
     assert result.exit_code == 0, result.output
     summary = RunDirectory(tmp_path).read_summary()
