@@ -650,8 +650,9 @@ class LocalLearner:
             sent = [gradient for gradient in received if gradient is not None]
             if self.frozen < last and sent:
                 images = len(batch[0])
-                places = torch.arange(images, device=sent[0].device)
-                if count < images:
+                if count == images:
+                    places = torch.arange(images, device=sent[0].device)
+                else:
                     places, weights = choose(sizes_of(sent), count)
                     for i, gradient in enumerate(received):
                         if gradient is not None:
