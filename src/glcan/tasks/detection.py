@@ -111,24 +111,21 @@ class Detection(Task):
 
         @contextlib.contextmanager
         def again(places: Tensor) -> Iterator[None]:
+            if transform is None:  # of another kind of detector: nothing was drawn, or images are not chosen
+                yield
+                return
             some = places.tolist()
             images, targets = made.pop()
             found = ImageList(images.tensors[places], [images.image_sizes[i] for i in some]), [targets[i] for i in some]
             del images
-            assert transform is not None
             with overridden([(transform, lambda *args: found)]):
                 yield
 
-        if transform is None:
-            with super().repeatable(model) as found:
-                yield found
-            return
-        handle = transform.register_forward_hook(lambda module, arguments, output: made.append(output))
-        try:
+        with contextlib.ExitStack() as stack:
+            if transform is not None:
+                hook = transform.register_forward_hook(lambda module, arguments, output: made.append(output))
+                stack.callback(hook.remove)
             yield again
-        finally:
-            handle.remove()
-            made.clear()
 
     def transformed(self, batch: tuple[Any, ...], transform: nn.Module) -> tuple[Any, list[dict[str, Tensor]]]:
         """Images and targets as the model's transform left them (resized, perhaps at random) in this very step.
