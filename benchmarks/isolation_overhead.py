@@ -33,9 +33,10 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from glcan.isolation import Boundary, Isolation, overridden
-from glcan.plan import make_plan
-from glcan.profile import profile
+from glcan.inspect.isolation import Boundary, Isolation
+from glcan.inspect.tensors import overridden
+from glcan.cost.cuts import make_plan
+from glcan.inspect.record import profile
 from glcan.training import environment
 
 RESULTS = Path(__file__).parent / "results"

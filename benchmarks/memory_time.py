@@ -38,7 +38,7 @@ from torch.utils._pytree import tree_map_only
 
 from glcan import LocalLearner, measure_step
 from glcan.errors import GlcanError
-from glcan.isolation import tensors_in
+from glcan.inspect.tensors import tensors_in
 from glcan.models import create
 from glcan.tasks import create as create_task
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from glcan.bicubic import downsample, shrink_pixels, upsample
+from glcan.data.bicubic import downsample, shrink_pixels, upsample
 from glcan.errors import DataError
 
 # Keys' kernel (a = -0.5) at the distances 1/4, 3/4, 5/4, 7/4: 1.5x^3 - 2.5x^2 + 1, and -0.5x^3 + 2.5x^2 - 4x + 2.

@@ -15,10 +15,10 @@ from tests.zoo import Small, assert_equal, gradients
 from torch import Tensor, nn
 
 from glcan import LocalLearner
-from glcan.checkpointing import checkpointed, in_parts, large_end, segments_of, square_root
-from glcan.memory import LiveMemory
+from glcan.strategies.recompute import checkpointed, in_parts, large_end, segments_of, square_root
+from glcan.cost.step import LiveMemory
 from glcan.models import create
-from glcan.profile import profile
+from glcan.inspect.record import profile
 
 
 class WithDropout(Small):

@@ -17,11 +17,11 @@ from torch.optim import SGD
 
 import glcan
 from glcan import LocalLearner, measure_step, profile
-from glcan.choosing import Received, choose, sizes_of
+from glcan.strategies.choosing import Received, choose, sizes_of
 from glcan.errors import ConfigError
 from glcan.models import create
-from glcan.rules import Joint
-from glcan.rules import create as create_rule
+from glcan.auxiliary import Joint
+from glcan.auxiliary import create as create_rule
 from glcan.tasks import Classification, Detection, SuperResolution
 
 # -- which images ------------------------------------------------------------------------------------------------------

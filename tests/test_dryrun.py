@@ -11,7 +11,7 @@ from tests.zoo import Small, assert_equal, gradients
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from glcan.dryrun import UntouchedParameters, dry_run, fake_copy, uninitialized
+from glcan.inspect.dryrun import UntouchedParameters, dry_run, fake_copy, uninitialized
 from glcan.errors import GradientLeak
 
 

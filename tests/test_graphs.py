@@ -11,7 +11,7 @@ from torch.optim import SGD
 
 from glcan import LocalLearner
 from glcan.errors import ConfigError
-from glcan.graphs import PassGraphs, _cause, recording
+from glcan.strategies.cuda_graph import PassGraphs, _cause, recording
 from glcan.models import create
 from glcan.training import RunConfig
 

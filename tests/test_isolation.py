@@ -20,10 +20,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from glcan.errors import CutError, GradientLeak, UnknownName
-from glcan.isolation import Boundary, Isolation, leaked_parameters, tensors_in
+from glcan.inspect.isolation import Boundary, Isolation
+from glcan.inspect.leaks import leaked_parameters
+from glcan.inspect.tensors import tensors_in
 from glcan.learner import LocalLearner
-from glcan.memory import LiveMemory
-from glcan.profile import Profile, profile
+from glcan.cost.step import LiveMemory
+from glcan.inspect.profile import Profile
+from glcan.inspect.record import profile
 
 
 @dataclasses.dataclass

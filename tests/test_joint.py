@@ -18,8 +18,8 @@ import glcan
 from glcan import LocalLearner, measure_step
 from glcan.errors import ConfigError
 from glcan.models import create
-from glcan.rules import Joint
-from glcan.rules import create as create_rule
+from glcan.auxiliary import Joint
+from glcan.auxiliary import create as create_rule
 from glcan.tasks import Classification, SuperResolution
 
 CUTS = ["body.1", "body.2"]

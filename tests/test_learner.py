@@ -151,7 +151,7 @@ def test_backward_gives_the_gradients_of_the_local_losses(name: str) -> None:
         def hook(module: nn.Module, args: Any) -> Any:
             k = len(wanted)
             if k < len(cuts) and cut == cuts[k]:
-                from glcan.isolation import Boundary
+                from glcan.inspect.isolation import Boundary
 
                 name = f"block{k + 1}"
                 wanted.append(F.cross_entropy(auxiliary[name](Boundary(k, cut, args), sample), sample[1]))

@@ -16,9 +16,9 @@ from torch.profiler import ProfilerActivity
 from torch.profiler import profile as torch_profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from glcan.dryrun import dry_run
+from glcan.inspect.dryrun import dry_run
 from glcan.learner import LocalLearner
-from glcan.memory import KINDS, LiveMemory, measure_step
+from glcan.cost.step import KINDS, LiveMemory, measure_step
 from glcan.models import create
 
 MODELS = {

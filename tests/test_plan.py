@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from glcan.errors import CutError, UnknownName
-from glcan.plan import cheapest_cuts, choose_cuts, longest_end, make_plan, numbers_of_blocks
-from glcan.profile import Feature, Profile, Unit
+from glcan.cost.cuts import cheapest_cuts, choose_cuts, longest_end, make_plan, numbers_of_blocks
+from glcan.inspect.features import Feature
+from glcan.inspect.profile import Profile, Unit
 
 
 def a_profile(saved: list[int], weights: list[bool] | None = None, entering: list[int] | None = None) -> Profile:

@@ -16,7 +16,7 @@ from torch.optim import SGD, AdamW
 import glcan
 from glcan import LocalLearner, measure_step
 from glcan.errors import ConfigError, CutError
-from glcan.estimate import Estimate, measure_pieces
+from glcan.cost.estimate import Estimate, measure_pieces
 from glcan.models import create
 from glcan.planner import largest_batches
 from glcan.tasks import Classification

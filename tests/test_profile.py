@@ -16,9 +16,10 @@ from tests.zoo import Residual, Small, assert_equal, gradients
 from torch import Tensor, nn
 
 from glcan.errors import ConfigError, CutError, UnknownName
-from glcan.memory import LiveMemory
+from glcan.cost.step import LiveMemory
 from glcan.models import create
-from glcan.profile import Feature, profile, read_feature
+from glcan.inspect.features import Feature, read_feature
+from glcan.inspect.record import profile
 
 # What a person would call the units: how many of each name, the number at its end left out.
 UNITS = {

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glcan.isolation import Isolation, tensors_in
-from glcan.profile import Profile
+from glcan.inspect.isolation import Isolation
+from glcan.inspect.tensors import tensors_in
+from glcan.inspect.profile import Profile
 
 
 def images(batch: int = 2, size: int = 64) -> Tensor:

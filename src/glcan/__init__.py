@@ -1,4 +1,4 @@
-"""glcan: train PyTorch vision models in a fraction of the memory, by supervised local learning.
+"""glcan: train PyTorch vision models with less memory, by supervised local learning and its rivals, honestly compared.
 
 Importing this loads torch alone; data sets, models, training and reports live in sub-packages.
 """
@@ -6,14 +6,16 @@ Importing this loads torch alone; data sets, models, training and reports live i
 from __future__ import annotations
 
 from glcan import errors
+from glcan.cost.cuts import Plan
+from glcan.cost.step import StepCost, measure_step
 from glcan.errors import GlcanError, GradientLeak
-from glcan.isolation import Boundary, Isolation
-from glcan.learner import LocalLearner
-from glcan.memory import LiveMemory, StepCost, measure_step
-from glcan.plan import Plan
-from glcan.planner import Forecast, plan
-from glcan.profile import Profile, profile
-from glcan.rules import names as methods
+from glcan.inspect.isolation import Boundary, Isolation
+from glcan.inspect.meter import LiveMemory
+from glcan.inspect.profile import Profile
+from glcan.inspect.record import profile
+from glcan.learner import Learner
+from glcan.planning import Forecast, plan
+from glcan.strategies import names as methods
 
 __version__ = "0.1.0"
 
@@ -23,8 +25,8 @@ __all__ = [
     "GlcanError",
     "GradientLeak",
     "Isolation",
+    "Learner",
     "LiveMemory",
-    "LocalLearner",
     "Plan",
     "Profile",
     "StepCost",

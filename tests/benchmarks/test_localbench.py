@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from glcan.errors import CutError
-from glcan.rules import RULES
+from glcan.auxiliary import RULES
 from glcan.training import resolve_device
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from glcan.bicubic import shrink_pixels
+from glcan.data.bicubic import shrink_pixels
 from glcan.training import load_model, upscale_picture
 
 QUICK = ["--model", "edsr_baseline", "--model-option", "blocks=1", "--model-option", "channels=4", "--patch", 8]

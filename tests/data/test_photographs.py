@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from glcan.bicubic import shrink_pixels
+from glcan.data.bicubic import shrink_pixels
 from glcan.data import available, load, load_pairs, photographs
 from glcan.errors import ConfigError, DataError, UnknownName
 

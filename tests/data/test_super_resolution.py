@@ -3,7 +3,7 @@ import itertools
 import pytest
 import torch
 
-from glcan.bicubic import shrink_pixels
+from glcan.data.bicubic import shrink_pixels
 from glcan.data.super_resolution import Pair, PairData, turned, warn_of_cropping
 from glcan.errors import ConfigError, DataError, UnknownName
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from glcan.dryrun import fake_copy
+from glcan.inspect.dryrun import fake_copy
 from glcan.errors import ConfigError, UnknownName
 from glcan.models import create, names, spandrel
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from glcan.bicubic import upsample
+from glcan.data.bicubic import upsample
 from glcan.errors import DataError
 from glcan.report.crops import busiest, side_by_side
 from glcan.training.image_quality import psnr_y, quantized

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from glcan import LocalLearner
-from glcan.dryrun import dry_run
-from glcan.isolation import Boundary
+from glcan.inspect.dryrun import dry_run
+from glcan.inspect.isolation import Boundary
 from glcan.models import create
-from glcan.profile import Feature
-from glcan.profile import profile as take_profile
-from glcan.rules.backbone import Adapter, copied, copyable, frozen_copy, layers, move_towards, redrawn
+from glcan.inspect.features import Feature
+from glcan.inspect.record import profile as take_profile
+from glcan.auxiliary.backbone import Adapter, copied, copyable, frozen_copy, layers, move_towards, redrawn
 
 CUTS = ["layer1.1", "layer2.0", "layer3.1"]
 

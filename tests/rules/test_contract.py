@@ -17,8 +17,8 @@ from torch.optim import AdamW
 from glcan import LocalLearner, methods
 from glcan.errors import ConfigError, UnknownName
 from glcan.models import create
-from glcan.rules import RULES
-from glcan.rules import create as create_rule
+from glcan.auxiliary import RULES
+from glcan.auxiliary import create as create_rule
 from glcan.tasks import TASKS
 
 CLASSIFIERS: dict[str, Callable[[], nn.Module]] = {

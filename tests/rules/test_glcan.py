@@ -15,9 +15,9 @@ from torch.optim import SGD
 from glcan import Boundary, LiveMemory, LocalLearner
 from glcan.errors import ConfigError
 from glcan.models import create
-from glcan.rules import create as create_rule
-from glcan.rules.glcan.classification import LookAhead
-from glcan.rules.maps import as_map, reduce_to
+from glcan.auxiliary import create as create_rule
+from glcan.auxiliary.glcan.classification import LookAhead
+from glcan.auxiliary.maps import as_map, reduce_to
 
 BATCH = (torch.randn(4, 3, 32, 32), torch.tensor([1, 2, 3, 4]))
 OPTIMIZER = partial(SGD, lr=0.05)
@@ -252,7 +252,7 @@ def test_copies_are_no_part_of_the_model() -> None:
         ({"budget": 11.0}, "glcan.budget is 11"),
         ({"budget": True}, "glcan.budget is True; it must be a float"),
         ({"unit_cost": -1.0}, "glcan.unit_cost is -1"),
-        ({"memory": 0.0}, "glcan.memory is 0"),
+        ({"memory": 0.0}, "glcan.cost.step is 0"),
         ({"depth": 0}, "glcan.depth is 0"),
         ({"use_local": False, "use_global": False}, "both off"),
         ({"use_local": 1}, "glcan.use_local is 1; it must be a bool"),

@@ -16,11 +16,11 @@ from torchvision.models.detection import FCOS
 
 from glcan import LocalLearner, plan, profile
 from glcan.errors import ConfigError
-from glcan.isolation import Boundary
+from glcan.inspect.isolation import Boundary
 from glcan.models import create
-from glcan.rules import dense_head
-from glcan.rules.dense_head import DenseHead, pyramid_grids, scale_of, total_classes
-from glcan.rules.glcan.detection import DetectionAuxiliary, fit_width, levels_of, pyramid_flops
+from glcan.auxiliary import dense_head
+from glcan.auxiliary.dense_head import DenseHead, pyramid_grids, scale_of, total_classes
+from glcan.auxiliary.glcan.detection import DetectionAuxiliary, fit_width, levels_of, pyramid_flops
 from glcan.tasks import Detection, detection
 
 SMALL = ["retinanet_small", "fcos_small"]

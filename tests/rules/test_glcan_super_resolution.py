@@ -17,7 +17,7 @@ import glcan
 from glcan import Boundary, LocalLearner
 from glcan.errors import ConfigError
 from glcan.models import create
-from glcan.rules.glcan.super_resolution import FoldedEnd, auxiliary_flops, fit
+from glcan.auxiliary.glcan.super_resolution import FoldedEnd, auxiliary_flops, fit
 
 OPTIMIZER = partial(Adam, lr=1e-3)
 

@@ -11,7 +11,7 @@ from torch.optim import SGD
 from glcan import LocalLearner
 from glcan.errors import ConfigError, UnknownName
 from glcan.models import create
-from glcan.rules import create as create_rule
+from glcan.auxiliary import create as create_rule
 from glcan.training import RunConfig, train
 
 DOCS = Path(__file__).parents[2] / "docs" / "localbench.md"

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from glcan import LocalLearner
 from glcan.errors import ConfigError
-from glcan.isolation import Boundary
+from glcan.inspect.isolation import Boundary
 from glcan.models import create
-from glcan.profile import Feature
-from glcan.rules.auglocal import AugLocalAuxiliary, pyramidal, uniform
-from glcan.rules.dgl import PooledClassifier
-from glcan.rules.infopro import InfoProAuxiliary, contrast, published, scaled
-from glcan.rules.predsim import PredSim, PredSimAuxiliary, halvings, similarity
+from glcan.inspect.features import Feature
+from glcan.auxiliary.auglocal import AugLocalAuxiliary, pyramidal, uniform
+from glcan.auxiliary.dgl import PooledClassifier
+from glcan.auxiliary.infopro import InfoProAuxiliary, contrast, published, scaled
+from glcan.auxiliary.predsim import PredSim, PredSimAuxiliary, halvings, similarity
 from glcan.tasks import Classification
 
 

@@ -14,11 +14,11 @@ from torch.optim import SGD
 
 from glcan import LocalLearner, dryrun, measure_step, plan, profile
 from glcan.errors import ConfigError, CutError, DataError, GradientLeak
-from glcan.isolation import Boundary
-from glcan.memory import LiveMemory
+from glcan.inspect.isolation import Boundary
+from glcan.cost.step import LiveMemory
 from glcan.models import create
-from glcan.plan import numbers_of_blocks
-from glcan.rules import Rule, Site
+from glcan.cost.cuts import numbers_of_blocks
+from glcan.auxiliary import Rule, Site
 from glcan.tasks import Detection
 from glcan.tasks import create as create_task
 from glcan.tasks.detection import check_targets, classes_of

@@ -8,7 +8,7 @@ from skimage.metrics import peak_signal_noise_ratio
 from torch import nn
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from glcan.bicubic import upsample
+from glcan.data.bicubic import upsample
 from glcan.data.super_resolution import Pair, PairData
 from glcan.errors import ConfigError, DataError
 from glcan.training.image_quality import evaluate_bicubic, evaluate_pairs, luma, psnr_y, quantized, ssim_y

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from glcan.bicubic import upsample
+from glcan.data.bicubic import upsample
 from glcan.errors import ConfigError, DataError
 from glcan.models.edsr import EDSR
 from glcan.training.upscaling import LEAST, open_picture, starts, upscale, upscale_picture, weights

@@ -69,9 +69,9 @@ def plan(
 
     from glcan import models, planner, tasks
     from glcan.cli.options import pairs
-    from glcan.dryrun import UntouchedParameters
+    from glcan.inspect.dryrun import UntouchedParameters
     from glcan.errors import ConfigError
-    from glcan.rules import RULES
+    from glcan.auxiliary import RULES
     from glcan.sizes import format_bytes, parse_bytes
     from glcan.training.trainer import optimizer_factory
 

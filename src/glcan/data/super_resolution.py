@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glcan.bicubic import shrink_pixels
+from glcan.data.bicubic import shrink_pixels
 from glcan.data.images import Batch, Loader, check_loading, generator
 from glcan.errors import ConfigError, DataError, UnknownName
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from glcan import rules
 from glcan.errors import ConfigError, GlcanError, RunError
 from glcan.learner import LocalLearner
-from glcan.memory import StepCost, measure_step
+from glcan.cost.step import StepCost, measure_step
 from glcan.report import tables
 from glcan.report.costs import WARMUP_ROUNDS, averaged, config_of, enter, phases, time_steps, weights_sha256
 from glcan.report.methods import Method, parse_methods

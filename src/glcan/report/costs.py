@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from glcan.isolation import tensors_in
+from glcan.inspect.tensors import tensors_in
 from glcan.training.schedule import schedule_share
 
 if TYPE_CHECKING:
     from glcan.learner import LocalLearner
-    from glcan.memory import StepCost
+    from glcan.cost.step import StepCost
     from glcan.training import RunConfig
 
 WARMUP_ROUNDS = 2

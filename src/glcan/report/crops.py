@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from glcan.bicubic import upsample
+from glcan.data.bicubic import upsample
 from glcan.errors import DataError
 from glcan.training.image_quality import psnr_y, quantized
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from glcan.errors import UnknownName
-from glcan.tasks.base import Task
+from glcan.tasks.base import Predictions, Task
 from glcan.tasks.classification import Classification
 from glcan.tasks.detection import Detection
 from glcan.tasks.super_resolution import SuperResolution
 
 TASKS: dict[str, type[Task]] = {task.name: task for task in (Classification, SuperResolution, Detection)}
 
-__all__ = ["TASKS", "Classification", "Detection", "SuperResolution", "Task", "create", "names"]
+__all__ = ["TASKS", "Classification", "Detection", "Predictions", "SuperResolution", "Task", "create", "names"]
 
 
 def names() -> list[str]:

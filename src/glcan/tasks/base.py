@@ -3,11 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
+
+from glcan.inspect.tensors import replaced, tensors_in
+
+
+@dataclasses.dataclass(frozen=True)
+class Predictions:
+    """What a model says of a batch, and what that costs it.
+
+    Attributes:
+        tensors: [B, ...] each, what the loss is computed from.
+        loss: the loss, from such tensors.
+    """
+
+    tensors: list[Tensor]
+    loss: Callable[[list[Tensor]], Tensor]
 
 
 class Task(ABC):
@@ -19,7 +35,7 @@ class Task(ABC):
 
     name: ClassVar[str]
     assumes: ClassVar[bool] = False
-    """Whether dry runs may assume values that decide something; see `glcan.dryrun.dry_run`."""
+    """Whether dry runs may assume values that decide something; see `glcan.inspect.dryrun.dry_run`."""
 
     images_apart: ClassVar[bool] = False
     """Whether a model of this task treats each image of a batch by itself, so that its end may be run in parts."""
@@ -62,6 +78,28 @@ class Task(ABC):
         Raises:
             GlcanError: the sample does not fit the task or the model.
         """
+
+    def choosable(self, model: nn.Module) -> bool:
+        """Whether `predict` can say what the loss is computed from."""
+        return True
+
+    def predict(self, model: nn.Module, batch: tuple[Any, ...], arguments: tuple[Any, Any]) -> Predictions:
+        """Runs the model up to its predictions; by default all floating-point tensors that it returns.
+
+        Args:
+            model: of this task.
+            batch: what it is run on.
+            arguments: the model's positional and keyword arguments for it.
+        """
+        args, kwargs = arguments
+        output = model(*args, **kwargs)
+        tensors = [t for t in tensors_in(output) if t.is_floating_point()]
+
+        def loss(given: list[Tensor]) -> Tensor:
+            by_id = {id(old): new for old, new in zip(tensors, given, strict=True)}
+            return self.loss(replaced(output, lambda tensor: by_id.get(id(tensor), tensor)), batch)
+
+        return Predictions(tensors, loss)
 
     def running(self, model: nn.Module) -> contextlib.AbstractContextManager[Any]:
         """Entered around each forward pass of a model in blocks, and around its profile."""

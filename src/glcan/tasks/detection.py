@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from glcan.dryrun import RandomNumbers
 from glcan.errors import ConfigError, DataError
-from glcan.isolation import overridden, tensors_in
-from glcan.tasks.base import Task
+from glcan.inspect.tensors import overridden, tensors_in
+from glcan.tasks.base import Predictions, Task
 
 _PART = 2**22  # predictions for which the losses are computed at a time, at least: 16 MiB of them
 _SHARE = 4  # ... or this part of a batch's: each part has a hundred kernels, and a GPU waits for nine of them
@@ -82,16 +81,10 @@ class Detection(Task):
             if arguments and len(arguments[0]):
                 self._seen = arguments[0][0], output
 
-        def aside(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            with RandomNumbers.aside():  # `repeatable` has no need to draw them again
-                return forward(*args, **kwargs)
-
         self._classes = classes_of(model)
         with contextlib.ExitStack() as stack:
             if isinstance(transform := getattr(model, "transform", None), nn.Module):
                 stack.callback(transform.register_forward_hook(keep).remove)
-            if (known := _transform_of(model)) is not None:
-                stack.enter_context(overridden([(known, functools.partial(aside, known.forward))]))
             stack.enter_context(losses_in_parts(model))
             if _has_torchvisions_losses(model):
                 vars(model)["compute_loss"] = _as_one_operation(model.compute_loss)  # type: ignore[arg-type]
@@ -127,6 +120,35 @@ class Detection(Task):
                 stack.callback(hook.remove)
             yield again
 
+    def choosable(self, model: nn.Module) -> bool:
+        """Whether its losses are those of torchvision's one-stage detectors, from the heads' predictions alone."""
+        return _transform_of(model) is not None and _has_torchvisions_losses(model)
+
+    def predict(self, model: nn.Module, batch: tuple[Any, ...], arguments: tuple[Any, Any]) -> Predictions:
+        """The heads' predictions [B, N, C] for the N anchors of each image."""
+        found: list[tuple[Any, dict[str, Tensor], Any]] = []
+
+        def keep(targets: Any, outputs: dict[str, Tensor], *others: Any) -> Any:
+            found.append((targets, outputs, others))
+            raise _Predicted
+
+        args, kwargs = arguments
+        vars(model)["compute_loss"] = keep
+        try:
+            model(*args, **kwargs)
+        except _Predicted:
+            pass
+        finally:
+            del vars(model)["compute_loss"]
+        targets, outputs, others = found[0]
+
+        def loss(given: list[Tensor]) -> Tensor:
+            with losses_in_parts(model):
+                compute: Callable[..., Any] = model.compute_loss  # type: ignore[assignment]
+                return self.loss(compute(targets, dict(zip(outputs, given, strict=True)), *others), batch)
+
+        return Predictions(list(outputs.values()), loss)
+
     def transformed(self, batch: tuple[Any, ...], transform: nn.Module) -> tuple[Any, list[dict[str, Tensor]]]:
         """Images and targets as the model's transform left them (resized, perhaps at random) in this very step.
 
@@ -144,6 +166,10 @@ class Detection(Task):
 
     def local_loss(self, prediction: Any, batch: tuple[Any, ...]) -> Tensor:
         return total_loss(prediction, "An auxiliary network")
+
+
+class _Predicted(BaseException):
+    """The model has made its predictions; its losses are computed elsewhere. No model catches it."""
 
 
 def _transform_of(model: nn.Module) -> nn.Module | None:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic_core import ErrorDetails
 
 from glcan.errors import ConfigError, UnknownName
-from glcan.rules import BASELINES
+from glcan.auxiliary import BASELINES
 from glcan.sizes import parse_bytes
 
 #: Fields that say where a run happens, not what it computes. They alone may differ when a run is resumed.

@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from glcan.bicubic import upsample
+from glcan.data.bicubic import upsample
 from glcan.errors import DataError
 from glcan.training.upscaling import upscale
 

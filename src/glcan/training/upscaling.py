@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from glcan.bicubic import mirrored, upsample
+from glcan.data.bicubic import mirrored, upsample
 from glcan.errors import ConfigError
 
 LEAST = 17
