@@ -162,6 +162,7 @@ class Learner:
         bound: Pass = strategy.bind(setting, strategy.plan(setting, wanted))
         if profile.batch < len(part[0]):
             setting.profile = profile.scaled(len(part[0]))
+            bound.plan = bound.plan.scaled(profile.batch, len(part[0]))
         self.strategy, self.profile = strategy, setting.profile
         if self.method.accumulate > 1:
             bound = Accumulated(bound, self.task, self.method.accumulate, len(self._sample[0]))

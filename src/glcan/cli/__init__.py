@@ -10,13 +10,7 @@ from rich.console import Console
 from rich.text import Text
 from typer.core import TyperGroup
 
-from glcan.cli.compare import compare
-from glcan.cli.data import data
-from glcan.cli.evaluate import evaluate
-from glcan.cli.methods import methods
-from glcan.cli.plan import plan
-from glcan.cli.predict import predict
-from glcan.cli.train import train
+from glcan.cli import compare, data, evaluate, methods, plan, predict, train
 from glcan.errors import GlcanError
 
 
@@ -36,13 +30,13 @@ class _Commands(TyperGroup):
 
 app = typer.Typer(
     cls=_Commands,
-    help="Train PyTorch vision models in gradient-isolated blocks: less memory, the same model.",
+    help="Train PyTorch vision models with less memory: local learning with GLCAN, and its rivals beside it.",
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (plan, train, compare, evaluate, predict, data, methods):
-    app.command()(_command)
+for _module in (plan, train, compare, evaluate, predict, data, methods):
+    app.command()(getattr(_module, _module.__name__.rpartition(".")[2]))  # each file's command has its name
 
 
 def _print_version(asked: bool) -> None:

@@ -3,34 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from glcan.cli.options import Recipe, Task, configure, free_folder, settings
 
-if TYPE_CHECKING:
-    from glcan.report.results import Comparison
-
-_MANY = "glcan:8"  # left out of the default where a model has fewer units
-_METHODS = {
-    "classification": f"e2e,checkpoint,e2e+accumulate:4,glcan:4,{_MANY}",
-    "super-resolution": "e2e,checkpoint,e2e+accumulate:4,glcan:4",
-    "detection": "e2e,checkpoint,dgl:4,glcan:4",
-}
+_METHODS = "e2e,checkpoint,e2e+accumulate:4,glcan:4,selective"
 
 
-@settings(without=("rule", "blocks", "memory", "recompute", "seed"))
+@settings(without=("memory", "recompute", "seed"))
 def compare(
-    task: Task = "classification",
+    task: Task = None,
     methods: Annotated[
         str | None,
-        typer.Option(
-            help="Methods, separated by commas: baselines (e2e, checkpoint, checkpoint-sqrt), RULE:BLOCKS, "
-            "RULE:BLOCKS+start and RULE:BLOCKS+finish; any of them with +accumulate:PARTS. [default: "
-            "e2e,checkpoint,e2e+accumulate:4,glcan:4,glcan:8; super-resolution the same without the last; "
-            "detection e2e,checkpoint,dgl:4,glcan:4]"
-        ),
+        typer.Option(help=f"Methods, separated by commas; see `glcan methods`. \\[default: {_METHODS}]"),
     ] = None,
     seeds: Annotated[str, typer.Option(help="Seeds, separated by commas; each method is trained with each.")] = "0",
     out: Annotated[
@@ -59,14 +46,14 @@ def compare(
 ) -> None:
     """Compare methods: the task's metric, peak memory and step time, each against end-to-end training.
 
-    Without arguments: end-to-end training, the same with activation checkpointing and with gradient accumulation, and
-    GLCAN with 4 and with 8 blocks, on the embedded digits; for super-resolution with 4 blocks on the bundled
-    photographs, with bicubic enlargement beside them; for detection with 4 blocks on the embedded scenes, with the rule
-    dgl in place of accumulation.
+    Without arguments: end-to-end training, the same with activation checkpointing and with gradient accumulation,
+    local learning in four blocks with GLCAN, and back-propagation on chosen images, on the embedded digits (for
+    super-resolution the bundled photographs, with bicubic enlargement beside them; for detection the embedded scenes).
+    --option and --cuts are for the methods of the name that --method gives.
     """
     from rich.console import Console
 
-    from glcan.errors import ConfigError, CutError
+    from glcan.errors import ConfigError
     from glcan.report import compare as run_comparison
     from glcan.report.tables import terminal
     from glcan.training import resolve_device
@@ -79,9 +66,8 @@ def compare(
     config = configure(task, given, recipe)
     if out is None:
         out = free_folder(f"compare-{Path(config.data).name}-{config.model}".replace("/", "_").replace(":", "."))
-    default = methods is None
     if methods is None:
-        methods = _METHODS[config.task]
+        methods = _METHODS
         if config.batch < 8:  # parts of a single image, which BatchNorm may refuse
             methods = methods.replace("e2e+accumulate:4,", "")
     names = [name.strip() for name in methods.split(",") if name.strip()]
@@ -90,16 +76,8 @@ def compare(
     if jobs is None:  # with one for each CPU, some would be idle at the end, when the last of few runs goes on alone
         jobs = 2 * cpus() if resolve_device(config.device).type == "cpu" else 1
 
-    def run(names: list[str]) -> Comparison:
-        return run_comparison(config, names, numbers, out, progress=not quiet, share_exact=share_exact, jobs=jobs)
-
     try:
-        try:
-            result = run(names)
-        except CutError:  # before anything is written
-            if not default or _MANY not in names:
-                raise
-            result = run([name for name in names if name != _MANY])
+        result = run_comparison(config, names, numbers, out, progress=not quiet, share_exact=share_exact, jobs=jobs)
     except (KeyboardInterrupt, SystemExit):
         if out.exists():
             Console(stderr=True).print(

@@ -81,7 +81,7 @@ def evaluate(
         raise ConfigError(f"The run {run} is of the task {stored.task!r}, not {task!r}. Leave --task out.")
     if "data" in given:  # another data set lies elsewhere, and is there to evaluate on
         given = {"data_root": None, "val": 0, "limit": None} | given
-    config = configure(task or (stored.task if stored is not None else "classification"), given, run=run)
+    config = configure(task, given, run=run)
     if tile is not None and config.task != "super-resolution":
         raise ConfigError(f"tile = {tile} is for super-resolution, not for {config.task}; leave --tile out.")
     device = resolve_device(config.device)

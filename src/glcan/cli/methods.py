@@ -1,4 +1,4 @@
-"""`glcan methods`: how blocks can learn."""
+"""`glcan methods`: how a batch can become gradients."""
 
 from __future__ import annotations
 
@@ -7,10 +7,17 @@ from rich.table import Table
 
 
 def methods() -> None:
-    """List the rules and the baselines, one line each."""
-    from glcan import rules
+    """List the methods, one line each: exact ones, sampled ones, and the rules of local learning."""
+    from glcan import strategies
 
-    table = Table("method", "what it does")
-    for name in rules.names():
-        table.add_row(name, rules.RULES[name].summary)
-    Console().print(table)
+    table = Table("method", "family", "what it does")
+    for name in strategies.names():
+        family = strategies.family_of(name)
+        table.add_row(f"{name}:BLOCKS" if family == "local" else name, family, strategies.summary_of(name))
+    console = Console()
+    console.print(table)
+    console.print(
+        "Behind any of them: +accumulate:PARTS. Behind local ones: +start, +freeze and +finish, with or without a share"
+        " of the steps (:0.3).",
+        highlight=False,
+    )

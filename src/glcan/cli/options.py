@@ -17,9 +17,11 @@ from glcan.training import RunConfig, RunDirectory, read_recipe
 from glcan.training.config import flag
 
 Task = Annotated[
-    str,
+    str | None,
     typer.Argument(
-        help="What is learned: classification, super-resolution, detection.", metavar="TASK", show_default=True
+        help="What is learned: classification, super-resolution, detection. [default: the recipe's, or classification]",
+        metavar="TASK",
+        show_default=False,
     ),
 ]
 Recipe = Annotated[
@@ -29,11 +31,10 @@ Recipe = Annotated[
 _PANELS = {
     "Model": ("model", "model_options"),
     "Data": ("data", "data_root", "image_size", "scale", "patch", "crops", "val", "limit", "skip_corrupt", "download"),
-    "Local learning": ("rule", "blocks", "cuts", "memory", "recompute", "units", "rule_options"),
+    "Method": ("method", "options", "cuts", "memory", "recompute", "units"),
     "Optimization": (
         "epochs",
         "batch",
-        "accumulate",
         "optimizer",
         "lr",
         "momentum",
@@ -45,10 +46,6 @@ _PANELS = {
         "milestones",
         "warmup_epochs",
         "clip_norm",
-        "freeze",
-        "start",
-        "finish",
-        "finish_lr",
     ),
     "Machine": ("precision", "channels_last", "device", "cuda_graph", "workers", "seed", "deterministic"),
 }
@@ -81,11 +78,13 @@ def settings(*, only: Iterable[str] = SETTINGS, without: Iterable[str] = ()) -> 
     return decorate
 
 
-def configure(task: str, given: Mapping[str, Any], recipe: str | None = None, run: Path | None = None) -> RunConfig:
+def configure(
+    task: str | None, given: Mapping[str, Any], recipe: str | None = None, run: Path | None = None
+) -> RunConfig:
     """A configuration: what was given over the recipe, or over the settings of a run, over the defaults.
 
-    Another rule comes without the blocks and options that the recipe has for its own; cuts, a number of blocks and a
-    budget of memory replace each other.
+    Another method comes without the cuts and options that the recipe has for its own; cuts and a budget of memory
+    replace each other. The task is the recipe's, unless another one is given.
 
     Raises:
         ConfigError, UnknownName: the recipe or the settings cannot be used.
@@ -95,10 +94,16 @@ def configure(task: str, given: Mapping[str, Any], recipe: str | None = None, ru
         base = read_recipe(recipe)
     elif run is not None:
         base = RunDirectory(run).read_config().model_dump()
-    if given.get("rule", base.get("rule")) != base.get("rule"):
-        base = {name: value for name, value in base.items() if name not in ("blocks", "cuts", "rule_options")}
-    if given.keys() & {"blocks", "cuts", "memory"}:
-        base = {name: value for name, value in base.items() if name not in ("blocks", "cuts", "memory")}
+    task = task or base.get("task", "classification")
+    if base and task != base.get("task", "classification"):
+        raise ConfigError(
+            f"The recipe {recipe} is for {base.get('task', 'classification')}, not for {task}; leave the task out, or "
+            "choose another recipe."
+        )
+    if given.get("method", base.get("method")) != base.get("method"):
+        base = {name: value for name, value in base.items() if name not in ("cuts", "options", "memory")}
+    if given.keys() & {"cuts", "memory"}:
+        base = {name: value for name, value in base.items() if name not in ("cuts", "memory")}
     merged = {
         name: base[name] | value if isinstance(value, dict) and isinstance(base.get(name), dict) else value
         for name, value in given.items()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from glcan.planner import LargestBatch
+    from glcan.planning import LargestBatch
 
 
 def plan(
@@ -33,25 +33,24 @@ def plan(
     scale: Annotated[int | None, typer.Option(help="Factor of super-resolution: 2, 3 or 4. [default: 2]")] = None,
     classes: Annotated[int | None, typer.Option(help="Number of classes. [default: the model's own]")] = None,
     channels: Annotated[int, typer.Option(help="Channels of the images.")] = 3,
-    blocks: Annotated[int | None, typer.Option(help="Number of gradient-isolated blocks. [default: 4]")] = None,
-    cuts: Annotated[
-        str | None, typer.Option(metavar="NAME,NAME", help="Units at which a new block begins, in place of --blocks.")
+    method: Annotated[
+        str, typer.Option(help="glcan:4, selective, checkpoint, e2e+accumulate:8, ...; see `glcan methods`.")
+    ] = "glcan:4",
+    option: Annotated[
+        list[str] | None, typer.Option("--option", metavar="KEY=VALUE", help="Option of the method.")
     ] = None,
+    cuts: Annotated[str | None, typer.Option(metavar="NAME,NAME", help="Units at which a new block begins.")] = None,
     memory: Annotated[
         str | None,
-        typer.Option(metavar="SIZE", help="Budget for the peak, as 8GiB or 8GB: find the cheapest plan that fits it."),
+        typer.Option(
+            metavar="SIZE",
+            help="Budget for the peak, as 8GiB or 8GB; with --method glcan: as many blocks as are cheapest within it.",
+        ),
     ] = None,
     max_batch: Annotated[
         bool, typer.Option("--max-batch", help="With --memory: the largest batch of each method.")
     ] = False,
     recompute: Annotated[bool, typer.Option("--recompute", help="Activation checkpointing inside all blocks.")] = False,
-    accumulate: Annotated[
-        int, typer.Option(min=1, help="Parts in which a batch is run, one after the other, for every method.")
-    ] = 1,
-    rule: Annotated[str, typer.Option(help="How the blocks learn; see `glcan methods`.")] = "glcan",
-    rule_options: Annotated[
-        list[str] | None, typer.Option("--rule-option", metavar="KEY=VALUE", help="Option of the rule.")
-    ] = None,
     model_options: Annotated[
         list[str] | None, typer.Option("--model-option", metavar="KEY=VALUE", help="Option of the model.")
     ] = None,
@@ -67,24 +66,27 @@ def plan(
     from rich.markup import escape
     from rich.table import Table
 
-    from glcan import models, planner, tasks
+    from glcan import models, planning, tasks
     from glcan.cli.options import pairs
-    from glcan.inspect.dryrun import UntouchedParameters
     from glcan.errors import ConfigError
-    from glcan.auxiliary import RULES
+    from glcan.inspect.dryrun import UntouchedParameters
     from glcan.sizes import format_bytes, parse_bytes
-    from glcan.training.trainer import optimizer_factory
+    from glcan.strategies import family_of, parse_method
+    from glcan.training.building import optimizer_factory
 
     if batch < 2:
         raise ConfigError(f"--batch is {batch}; it must be at least 2, because normalisation layers need two images.")
     if max_batch and memory is None:
         raise ConfigError("--max-batch needs a budget: --memory 8GiB.")
-    if accumulate > 1 and max_batch:
-        raise ConfigError(f"--accumulate {accumulate} has no largest batch: memory is that of a part. Leave it out.")
-    if accumulate > 1 and batch < 2 * accumulate:
+    parsed = parse_method(method)
+    if parsed.phased:
+        raise ConfigError(f"--method {method} has phases; plan '{parsed.core}' and the phases' own methods one by one.")
+    if parsed.accumulate > 1 and max_batch:
+        raise ConfigError(f"--method {method} has no largest batch: memory is that of a part. Leave +accumulate out.")
+    if parsed.accumulate > 1 and batch < 2 * parsed.accumulate:
         raise ConfigError(
-            f"--accumulate {accumulate} leaves --batch {batch} less than two images a part, which normalisation layers "
-            "need; lower the one or raise the other."
+            f"--method {method} leaves --batch {batch} less than two images a part, which normalisation layers need; "
+            "lower the one or raise the other."
         )
     if precision not in ("fp32", "bf16"):
         raise ConfigError(f"--precision is {precision!r}; it must be fp32 or bf16.")
@@ -110,8 +112,7 @@ def plan(
             **options,
         )
     common: dict[str, Any] = {
-        "rule": rule,
-        "rule_options": pairs("--rule-option", rule_options),
+        "options": pairs("--option", option),
         "optimizer": optimizer_factory(optimizer),
         "autocast": _autocast(precision),
     }
@@ -122,19 +123,20 @@ def plan(
         "image": list(size),
         "precision": precision,
         "optimizer": optimizer,
-        "accumulate": accumulate,
     }
     if isinstance(the_task, tasks.SuperResolution):
         about["scale"] = the_task.scale
     console = Console(highlight=False)
     if max_batch:
         assert limit is not None
-        largest = planner.largest_batches(
+        numbers = (parsed.number,) if parsed.number is not None else (2, 4, 8)
+        local = [f"{parsed.base}:{k}" for k in numbers] if family_of(parsed.base) == "local" else [method]
+        largest = planning.largest_batches(
             network,
             the_task,
             lambda count: the_task.example(count, channels, size),
             limit,
-            blocks=(blocks,) if blocks is not None else (2, 4, 8),
+            methods=[name for name in ("e2e", "checkpoint", "checkpoint-sqrt", "selective") if name != method] + local,
             **common,
         )
         if as_json:
@@ -147,24 +149,21 @@ def plan(
             console.print(_batches(largest))
         return
     names = [name.strip() for name in cuts.split(",")] if cuts is not None else None
-    if blocks is None and names is None and limit is None and getattr(RULES.get(rule), "local", True):
-        blocks = 4
-    forecast = planner.plan(
+    forecast = planning.plan(
         network,
         the_task,
         the_task.example(batch, channels, size),
-        blocks=blocks,
+        method=method if names is None or parsed.number is not None else parsed.base,
         cuts=names,
         memory=limit,
         recompute=recompute,
-        accumulate=accumulate,
         **common,
     )
     if as_json:
         typer.echo(json.dumps({**about, **forecast.as_dict()}, indent=2))
         return
-    parts = f" in {accumulate} parts" if accumulate > 1 else ""
-    console.print(f"{escape(model)}, batch {batch}{parts} at {size[0]}x{size[1]}, {precision}, {optimizer}")
+    console.print(f"{escape(model)}, batch {batch} at {size[0]}x{size[1]}, {precision}, {optimizer}")
+    console.print(escape(forecast.headline))
     console.print(escape(str(forecast.plan)))
     header, *rows_of_cells = forecast.rows()
     table = Table(*header)

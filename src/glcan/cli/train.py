@@ -1,4 +1,4 @@
-"""`glcan train`: train a model in gradient-isolated blocks."""
+"""`glcan train`: train a model by one of the methods."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from glcan.cli.options import Recipe, Task, configure, free_folder, settings
 
 @settings()
 def train(
-    task: Task = "classification",
+    task: Task = None,
     out: Annotated[
         Path | None, typer.Option(help="Run directory; default: a new one under runs/, named after the run.")
     ] = None,
@@ -30,10 +30,10 @@ def train(
     *,
     given: dict[str, Any],
 ) -> None:
-    """Train a model in gradient-isolated blocks, and keep its weights, metrics and checkpoints in a run directory.
+    """Train a model, and keep its weights, metrics and checkpoints in a run directory.
 
-    Without arguments: a small ResNet on the embedded digits, with GLCAN; for super-resolution a small EDSR on bundled
-    photographs.
+    Without arguments: a small ResNet on the embedded digits, in four blocks with GLCAN; for super-resolution a small
+    EDSR on bundled photographs.
     """
     from glcan.errors import RunError
     from glcan.training import RunDirectory, formatted
@@ -44,8 +44,7 @@ def train(
     stored = out if resume and out is not None and RunDirectory(out).config.exists() else None
     config = configure(task, given, recipe, stored)
     if out is None:
-        blocks = "" if config.blocks is None else str(config.blocks)
-        name = f"{Path(config.data).name}-{config.model}-{config.rule}{blocks}-seed{config.seed}"
+        name = f"{Path(config.data).name}-{config.model}-{config.parsed.folder}-seed{config.seed}"
         out = free_folder(name.replace("/", "_").replace(":", "."))
     run = RunDirectory(out)
     try:
@@ -62,6 +61,6 @@ def train(
     for metric in summary.metrics:
         percent = f" ({formatted(metric.value, metric.unit)})" if metric.unit == "fraction" else ""
         typer.echo(f"test {metric.name}: {metric.value:.4f} {metric.unit}".rstrip() + percent)
-    typer.echo(f"{summary.blocks} blocks, {summary.epochs} epochs, {summary.train_seconds:.1f} s of training")
+    typer.echo(f"{summary.method}, {summary.epochs} epochs, {summary.train_seconds:.1f} s of training")
     typer.echo(f"weights: {run.weights}")
     typer.echo(f"summary: {run.summary}")

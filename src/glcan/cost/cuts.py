@@ -68,6 +68,11 @@ class Plan:
         units = (first, *((dataclasses.replace(u[0], entering=entering[u[0].name]), *u[1:]) for u in rest))
         return dataclasses.replace(self, units=units)
 
+    def scaled(self, batch: int, other: int) -> Plan:
+        """The same plan, with the figures of a batch of another size."""
+        units = tuple(tuple(unit.scaled(batch, other) for unit in block) for block in self.units)
+        return dataclasses.replace(self, units=units)
+
     @property
     def names(self) -> tuple[str, ...]:
         """The blocks' names: "block1" ... "blockK"."""

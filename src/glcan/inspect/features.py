@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-__all__ = ["Feature", "read_feature"]
+__all__ = ["Feature", "read_feature", "scaled_shape"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +32,15 @@ class Feature:
     def bytes(self) -> int:
         """Size in bytes, as float32."""
         return 4 * math.prod(self.shape)
+
+    def scaled(self, batch: int, other: int) -> Feature:
+        """The same of a batch of another size; as it is where the first dimension does not tell images apart."""
+        return dataclasses.replace(self, shape=scaled_shape(self.shape, batch, other))
+
+
+def scaled_shape(shape: tuple[int, ...], batch: int, other: int) -> tuple[int, ...]:
+    """The shape of a tensor of a batch, for a batch of another size; several rows an image may stand in it."""
+    return (shape[0] * other // batch, *shape[1:]) if shape and shape[0] % batch == 0 else shape
 
 
 def read_feature(shape: tuple[int, ...], batch: int, image: tuple[int, int] | None) -> Feature:

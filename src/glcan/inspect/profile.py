@@ -6,7 +6,7 @@ import dataclasses
 from collections import defaultdict
 from collections.abc import Mapping
 
-from glcan.inspect.features import Feature
+from glcan.inspect.features import Feature, scaled_shape
 
 __all__ = ["Profile", "Unit"]
 
@@ -43,6 +43,16 @@ class Unit:
     flops: int
     cuttable: bool
     chained: bool
+
+    def scaled(self, batch: int, other: int) -> Unit:
+        """The same for a batch of another size: shapes, bytes and FLOPs in proportion."""
+        return dataclasses.replace(
+            self,
+            entering=tuple(feature.scaled(batch, other) for feature in self.entering),
+            output=None if self.output is None else self.output.scaled(batch, other),
+            saved_bytes=round(self.saved_bytes * other / batch),
+            flops=round(self.flops * other / batch),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,24 +124,9 @@ class Profile:
 
     def scaled(self, batch: int) -> Profile:
         """The same for a batch of so many images: shapes, bytes and FLOPs in proportion."""
-        factor = batch / self.batch
-
-        def of(feature: Feature) -> Feature:
-            first, *rest = feature.shape or (0,)
-            fits = bool(feature.shape) and first % self.batch == 0
-            return dataclasses.replace(feature, shape=(round(first * factor), *rest)) if fits else feature
-
-        units = (
-            dataclasses.replace(
-                unit,
-                entering=tuple(of(feature) for feature in unit.entering),
-                output=None if unit.output is None else of(unit.output),
-                saved_bytes=round(unit.saved_bytes * factor),
-                flops=round(unit.flops * factor),
-            )
-            for unit in self.units
-        )
-        return dataclasses.replace(self, units=tuple(units), batch=batch)
+        units = tuple(unit.scaled(self.batch, batch) for unit in self.units)
+        output = tuple(scaled_shape(shape, self.batch, batch) for shape in self.output)
+        return dataclasses.replace(self, units=units, output=output, batch=batch)
 
     def unit(self, name: str) -> Unit:
         return next(unit for unit in self.units if unit.name == name)

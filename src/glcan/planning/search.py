@@ -5,6 +5,7 @@ A candidate is chosen by estimates (`glcan.cost.estimate`) and then checked by a
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,7 +38,6 @@ def fit(bench: Bench, method: Method, options: Mapping[str, Any] | None, limit: 
         ConfigError: there is none; it says what holds the peak, and what would help.
     """
     strategy = strategies.create(method, bench.task.name, options)
-    parts = "" if method.accumulate == 1 else f"+accumulate:{method.accumulate}"
     if not isinstance(strategy, Local):
         only = bench.run(method, options)
         if only.cost.peak_bytes <= limit:
@@ -45,12 +45,11 @@ def fit(bench: Bench, method: Method, options: Mapping[str, Any] | None, limit: 
         raise _does_not_fit(bench, limit, [only])
 
     def run(candidate: Candidate) -> Forecast:
-        return bench.run(candidate.method + parts, options, candidate.wanted)
+        return bench.run(dataclasses.replace(method, number=candidate.blocks), options, candidate.wanted)
 
     setting = bench.setting(strategy, method.accumulate)
     state = 0 if bench.optimizer is None else 4
-    first = f"{strategy.name}:1" if method.number is None else method.core
-    whole = run(Candidate(first, Wanted(), 0.0, 1))
+    whole = run(Candidate(Wanted(), 0.0, method.number or 1))
     if whole.cost.peak_bytes <= limit:
         return whole
     tried = [whole]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import itertools
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -13,19 +12,18 @@ import torch
 from torch import nn
 
 from glcan.inspect.tensors import tensors_in
-from glcan.training.schedule import schedule_share
 
 if TYPE_CHECKING:
-    from glcan.learner import LocalLearner
     from glcan.cost.step import StepCost
-    from glcan.training import RunConfig
+    from glcan.learner import Learner
+    from glcan.training.phases import RunPhase
 
 WARMUP_ROUNDS = 2
 MIN_ROUNDS, MAX_ROUNDS = 7, 41
 TIMING_SECONDS = 60.0
 
 
-def time_steps(learners: Mapping[Any, LocalLearner], batch: tuple[Any, ...]) -> dict[Any, list[float]]:
+def time_steps(learners: Mapping[Any, Learner], batch: tuple[Any, ...]) -> dict[Any, list[float]]:
     """Seconds of ``learner.step(*batch)``, every learner once in each round: A B C, A B C, ...
 
     What else the machine does, and how warm it runs, then meets all methods alike. The number of rounds follows from
@@ -45,35 +43,10 @@ def time_steps(learners: Mapping[Any, LocalLearner], batch: tuple[Any, ...]) -> 
     return seconds
 
 
-FINISH, START = -1, -2
-
-
-def phases(config: RunConfig, blocks: int) -> dict[int, float]:
-    """The kinds of steps of a run of so many blocks, by the number of frozen blocks, and the share of steps of each.
-
-    `START` stands for steps at the beginning that train the whole model and the auxiliary networks beside it, `FINISH`
-    for steps at the end that train the whole model, both with checkpointing.
-    """
-    ends = [config.scheduled * schedule_share(config, block, blocks) for block in range(blocks)]
-    ends = [min(end, 1 - config.finish) for end in ends]
-    bounds = itertools.pairwise([config.start, *ends])
-    shares = {frozen: end - begin for frozen, (begin, end) in enumerate(bounds)}
-    phases = {START: config.start, **shares, FINISH: config.finish}
-    return {phase: share for phase, share in phases.items() if share > 0}
-
-
-def config_of(phase: int, config: RunConfig) -> RunConfig:
-    """The configuration whose learner makes the steps of a phase."""
-    if phase != FINISH:
-        return config
-    change: dict[str, Any] = {"rule": "checkpoint", "rule_options": {}, "blocks": None, "cuts": None}
-    change |= {"start": 0.0, "finish": 0.0, "finish_lr": None}
-    return type(config)(**config.model_dump() | change)
-
-
-def enter(learner: LocalLearner, phase: int) -> LocalLearner:
-    """The learner, built from `config_of` the phase, set up for the phase's steps."""
-    learner.frozen, learner.end_to_end = max(0, phase), phase == START
+def enter(learner: Learner, phase: RunPhase) -> Learner:
+    """The learner, set up for the steps of a phase."""
+    same = phase.method.core == learner.method.core
+    learner.switch(None if same else phase.method, frozen=phase.frozen, end_to_end=phase.end_to_end)
     return learner.train()
 
 
@@ -81,7 +54,7 @@ def averaged(costs: Mapping[int, StepCost], shares: Mapping[int, float]) -> Step
     """The cost of a step on average over a run: the largest peaks, and the mean FLOPs.
 
     Args:
-        costs: of a step of each of the run's `phases`.
+        costs: of a step of each of the run's phases.
         shares: of the steps.
     """
     used = {phase: costs[phase] for phase in shares}
@@ -101,7 +74,7 @@ def weights_sha256(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _time(learner: LocalLearner, batch: tuple[Any, ...]) -> float:
+def _time(learner: Learner, batch: tuple[Any, ...]) -> float:
     _synchronize(batch)
     start = time.perf_counter()
     learner.step(*batch)

@@ -38,7 +38,8 @@ class Curve(TypedDict):
 class MethodResult(TypedDict):
     """One method: what it reached and what it cost."""
 
-    name: str
+    name: str  # "glcan:4", "selective", "e2e+accumulate:4"
+    family: str  # "exact", "sampled" or "local"
     blocks: int
     metric: Metric
     beside: list[Metric]  # further metrics that are shown

@@ -103,13 +103,11 @@ class Candidate:
     """A plan that should fit a budget, by estimates.
 
     Attributes:
-        method: "glcan:4".
         wanted: what gives the plan.
         extra: FLOPs beyond end-to-end training, as a share of these.
         blocks: how many the model has then.
     """
 
-    method: str
     wanted: Wanted
     extra: float
     blocks: int
@@ -286,7 +284,7 @@ class Strategy(ABC):
             bound: bytes for activations and gradients.
             state: bytes of a weight's optimizer state, about.
         """
-        return [Candidate(self.name, Wanted(), 0.0, 1)]
+        return [Candidate(Wanted(), 0.0, 1)]
 
     def estimate(self, setting: Setting) -> Estimate:
         """Bytes and FLOPs of every block that the model could be cut into."""

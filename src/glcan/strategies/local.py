@@ -152,9 +152,8 @@ class Local(Strategy):
         return self._as_candidate(cuts, recompute, total / (3 * (profile.flops or 1)))
 
     def _as_candidate(self, cuts: Sequence[str], recompute: bool | Sequence[str], extra: float) -> Candidate:
-        blocks = len(cuts) + 1
         again = recompute if isinstance(recompute, bool) else tuple(recompute)
-        return Candidate(f"{self.name}:{blocks}", Wanted(tuple(cuts), again), extra, blocks)
+        return Candidate(Wanted(tuple(cuts), again), extra, len(cuts) + 1)
 
     def smallest(self, setting: Setting, state: int) -> list[Candidate]:
         """Those with the smallest peaks, by estimates: over all numbers of blocks, everything recomputed or not."""
@@ -207,7 +206,7 @@ class LocalPass(Pass):
         }
 
     def _build(self, skipping: Any) -> dict[str, nn.Module]:
-        """The auxiliary networks, on the model's device and in its type and mode."""
+        """The auxiliary networks, on the model's device and in its type, in train mode: nothing else needs them."""
         setting, plan = self._setting, self.plan
         like = next((p for p in setting.model.parameters() if p.is_floating_point()), None)
         built = nn.ModuleDict()
@@ -226,7 +225,7 @@ class LocalPass(Pass):
                 )
         if like is not None:
             _move(built, like)
-        return dict(built.train(setting.model.training).items())
+        return dict(built.train().items())
 
     def _group(self, users: dict[int, set[int]]) -> list[Group]:
         """The trainable parameters of each block, its auxiliary network's included, and those that several use."""

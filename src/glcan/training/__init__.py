@@ -1,10 +1,11 @@
 """Training runs: configuration, the loop with exact resumption, evaluation, and what a run leaves behind."""
 
+from glcan.training.building import autocast_dtype, build, class_names, create_model, load_data
 from glcan.training.config import RunConfig, load_recipe, read_recipe, recipe_names
 from glcan.training.environment import environment, resolve_device
 from glcan.training.evaluation import MEASURES, evaluate, formatted
 from glcan.training.run import Metric, RunDirectory, Summary, read_metrics
-from glcan.training.trainer import autocast_dtype, build, class_names, create_model, load_data, train
+from glcan.training.trainer import train
 from glcan.training.upscaling import open_picture, upscale, upscale_picture
 from glcan.training.weights import load_model, load_weights
 

@@ -73,6 +73,13 @@ def load(path: Path) -> dict[str, Any]:
     return state
 
 
+def seed_all(seed: int) -> None:
+    """Seeds every generator that a checkpoint saves: torch's, Python's and NumPy's."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+
+
 def rng_state(device: torch.device) -> dict[str, Any]:
     """State of the random generators of torch (CPU and the device's), numpy and python, in plain types."""
     state: Any = np.random.get_state(legacy=True)

@@ -14,8 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic_core import ErrorDetails
 
 from glcan.errors import ConfigError, UnknownName
-from glcan.auxiliary import BASELINES
 from glcan.sizes import parse_bytes
+from glcan.strategies import family_of
+from glcan.strategies.method import Method, parse_method
 
 #: Fields that say where a run happens, not what it computes. They alone may differ when a run is resumed.
 PLACE_FIELDS = frozenset({"data_root", "download", "device", "workers", "cuda_graph"})
@@ -51,9 +52,6 @@ TASK_FIELDS: dict[str, tuple[str, ...]] = {
     "super-resolution": ("scale", "patch", "crops", "criterion"),
     "detection": ("image_size",),
 }
-
-#: Blocks of a rule when neither blocks nor cuts are given; the baselines train in one.
-DEFAULT_BLOCKS = 4
 
 
 class RunConfig(BaseModel):
@@ -95,31 +93,27 @@ class RunConfig(BaseModel):
     download: bool = False
     """Download the data set where torchvision can and it is not found."""
 
-    rule: str = "glcan"
-    """How the blocks learn: a rule (glcan), a baseline (e2e, checkpoint, checkpoint-sqrt), or package.module:Class for
-    a rule of your own; see `glcan methods`."""
-    blocks: int | None = Field(default=None, ge=1)
-    """Number of gradient-isolated blocks; 1 is plain back-propagation; default: 4."""
+    method: str = "glcan:4"
+    """How a batch becomes gradients: glcan:4 (local learning in 4 blocks), selective, checkpoint, e2e, ..., or
+    package.module:Class:4 for a rule of your own; with +accumulate:N, +start, +freeze or +finish behind (`glcan
+    methods`)."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Options of the method, for example budget of glcan or share of selective."""
     cuts: list[str] | None = None
-    """Names of the units at which a new block begins, in the order of execution, in place of --blocks."""
+    """Names of the units at which a new block begins, in the order of execution; default: as the memory is smallest."""
     memory: str | None = None
-    """Budget for the peak of a step, such as 8GiB, in place of --blocks: the cheapest plan that fits (`glcan plan`)."""
+    """Budget for the peak of a step, such as 8GiB: with method glcan, as many blocks as are cheapest within it."""
     recompute: bool = False
     """Activation checkpointing inside all blocks: less memory, about a third more compute."""
     units: list[str] | None = None
     """Names of the modules that are never cut inside; default: found from the model."""
-    rule_options: dict[str, Any] = Field(default_factory=dict)
-    """Options of the rule, for example momentum or width of glcan."""
 
     epochs: int = Field(default=20, ge=1)
     """Passes over the training images."""
     batch: int = Field(default=64, ge=1)
     """Images per optimizer step."""
-    accumulate: int = Field(default=1, ge=1)
-    """Parts in which a batch is run, one after the other; their gradients add up. Memory is that of a part; BatchNorm
-    sees the parts one by one."""
     optimizer: Literal["sgd", "adamw", "adam"] = "sgd"
-    """Optimizer, one per block."""
+    """Optimizer, one for each block."""
     lr: float = Field(default=0.1, gt=0, allow_inf_nan=False)
     """Peak learning rate, reached at the end of the warm-up."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
@@ -142,20 +136,8 @@ class RunConfig(BaseModel):
     """Epochs of rising learning rate; default: one, but at most a tenth of the run; 30 % of the run with onecycle; none
     with halving."""
     clip_norm: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    """Largest gradient norm of a block, larger ones are scaled down; default: no limit."""
-    freeze: float = Field(default=1.0, gt=0, le=1)
-    """Share of the steps in which the first block runs through the whole schedule; the others take more, evenly, and
-    the last one all. Then a block is frozen and only runs forward, so that those behind it learn from features that
-    stand still. 1: all blocks learn to the end."""
-    start: float = Field(default=0.0, ge=0, le=0.9)
-    """Share of the steps, at the beginning, that train the whole model at once with activation checkpointing, and the
-    auxiliary networks beside it; the blocks learn by themselves afterwards. 0 for none."""
-    finish: float = Field(default=0.0, ge=0, le=0.5)
-    """Share of the steps, at the end, that train the whole model at once with activation checkpointing, while the
-    schedule goes on; 0 for none."""
-    finish_lr: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    """Peak learning rate of one more cycle, for the finish alone; the schedule then ends before it."""
-
+    """Largest norm of the whole gradient, larger ones are scaled down; where blocks are updated one by one, each is
+    clipped to its part, clip_norm / sqrt(blocks). Default: no limit."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic: fp32, or bf16 autocast with fp32 weights."""
     channels_last: bool = False
@@ -226,55 +208,48 @@ class RunConfig(BaseModel):
                 "cuda_graph = true is not for detection, whose losses read values from the GPU to choose boxes; leave "
                 "--cuda-graph out."
             )
-        if self.accumulate > self.batch:
+        method = self.parsed
+        if method.accumulate > self.batch:
             raise ConfigError(
-                f"accumulate = {self.accumulate} is more than batch = {self.batch}, the images that it divides; lower "
-                "--accumulate or raise --batch."
+                f"method = '{method}' divides a batch in {method.accumulate} parts, more than the images of batch = "
+                f"{self.batch}; lower the one or raise --batch."
             )
         if self.memory is not None:
             parse_bytes(self.memory)
-            others = [n for n in ("blocks", "cuts", "recompute") if getattr(self, n) not in (None, False)]
+            others = [n for n in ("cuts", "recompute") if getattr(self, n) not in (None, False)]
             if others:
                 raise ConfigError(f"memory = {self.memory!r} decides {others[0]} by itself; give one of the two.")
-        if self.cuts is not None and self.blocks is not None and self.blocks != len(self.cuts) + 1:
+            if method.start or method.finish:
+                raise ConfigError(
+                    f"method = '{method}' has steps that train the whole model, and memory = {self.memory!r} plans for "
+                    "the blocks alone; leave one of the two out."
+                )
+        local = family_of(method.base) == "local"
+        if self.cuts is not None and method.number not in (None, len(self.cuts) + 1):
             raise ConfigError(
-                f"blocks = {self.blocks} contradicts {len(self.cuts)} cuts, which make {len(self.cuts) + 1} blocks; "
-                "give one of the two."
+                f"method = '{method}' contradicts {len(self.cuts)} cuts, which make {len(self.cuts) + 1} blocks; "
+                f"write {method.base}:{len(self.cuts) + 1}."
             )
-        if self.finish_lr is not None and not self.finish:
-            raise ConfigError(f"finish_lr = {self.finish_lr:g} is of a finish; set --finish 0.1 or leave it out.")
-        for name, does in (("start", "begins"), ("finish", "ends")):
-            if getattr(self, name) and self.rule in BASELINES:
-                raise ConfigError(
-                    f"{name} = {getattr(self, name):g} {does} local learning end to end, and the baseline "
-                    f"{self.rule!r} trains end to end all the time; leave it out, or choose a local rule such as "
-                    "'glcan'."
-                )
-            if getattr(self, name) and self.memory is not None:
-                raise ConfigError(
-                    f"{name} = {getattr(self, name):g} has steps that train the whole model, and memory = "
-                    f"{self.memory!r} plans for the blocks alone; give blocks = 4 (or cuts) in place of memory."
-                )
-        most = min(self.freeze * self.scheduled, 1 - self.finish)
-        if self.start and self.start > most:
+        if local and method.number is None and self.cuts is None and self.memory is None:
+            raise ConfigError(f"method = '{method}' has no number of blocks; write {method.base}:4, or set --memory.")
+        if not local and (self.cuts is not None or self.recompute):
             raise ConfigError(
-                f"start = {self.start:g} is more than {most:g}, the share of the steps after which freeze = "
-                f"{self.freeze:g} and finish = {self.finish:g} leave the first block none of its own; lower --start."
+                f"cuts and recompute are for the blocks of local learning, and method = '{method}' has none; leave "
+                "them out, or choose a local method such as glcan:4."
             )
         if self.optimizer == "sgd" and self.nesterov and self.momentum == 0:
             raise ConfigError("nesterov = true needs momentum above 0; set --momentum 0.9 or --no-nesterov.")
-        if self.warmup_epochs is not None and self.warmup_epochs >= self.scheduled * self.epochs:
-            finish = f" less the finish of {self.finish:g}" if self.scheduled < 1 else ""
+        if self.warmup_epochs is not None and self.warmup_epochs >= self.epochs:
             raise ConfigError(
-                f"warmup_epochs = {self.warmup_epochs:g} must be less than epochs = {self.epochs}{finish}; "
+                f"warmup_epochs = {self.warmup_epochs:g} must be less than epochs = {self.epochs}; "
                 "lower --warmup-epochs or raise --epochs."
             )
         return self
 
     @property
-    def scheduled(self) -> float:
-        """Share of the steps over which the schedule runs: all, unless the finish has a cycle of its own."""
-        return 1 if self.finish_lr is None else 1 - self.finish
+    def parsed(self) -> Method:
+        """The method."""
+        return parse_method(self.method)
 
     @property
     def warmup(self) -> float:
@@ -283,8 +258,7 @@ class RunConfig(BaseModel):
             return self.warmup_epochs
         if self.schedule == "halving":
             return 0.0
-        epochs = self.scheduled * self.epochs
-        return 0.3 * epochs if self.schedule == "onecycle" else min(1.0, epochs / 10)
+        return 0.3 * self.epochs if self.schedule == "onecycle" else min(1.0, self.epochs / 10)
 
     def differences(self, other: RunConfig) -> dict[str, tuple[Any, Any]]:
         """Fields, those of place excepted, in which two configurations differ: {name: (own, other's)}."""
@@ -296,10 +270,10 @@ class RunConfig(BaseModel):
 
 
 def flag(name: str) -> str:
-    """The command line's name of a field: ``--weight-decay`` of weight_decay, ``--rule-option`` of rule_options."""
+    """The command line's name of a field: ``--weight-decay`` of weight_decay, ``--option`` of options."""
     if name == "task":
         return "TASK"
-    return "--" + name.removesuffix("s" if name.endswith("_options") else "").replace("_", "-")
+    return "--" + name.removesuffix("s" if name.endswith("options") else "").replace("_", "-")
 
 
 def _with_task_defaults(values: Any) -> Any:

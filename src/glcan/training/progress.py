@@ -71,6 +71,10 @@ class Reporter(_Bars):
         if self._bars is not None:
             self._task = self._bars.add_task("starting", total=total, completed=done)
 
+    def say(self, line: str) -> None:
+        """One line, before the first step."""
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
     def step(self, epoch: int) -> None:
         """One optimizer step is done; ``epoch`` counts from 1."""
         self._done += 1

@@ -28,9 +28,8 @@ _MODEL_FIELDS = (
     "model",
     "model_options",
     "task",
-    "rule",
-    "rule_options",
-    "blocks",
+    "method",
+    "options",
     "cuts",
     "memory",
     "units",
@@ -65,8 +64,10 @@ class Summary(BaseModel):
     """Passes over the training images."""
     steps: int
     """Optimizer steps."""
+    method: str
+    """How a batch became gradients: "glcan:4", "selective", "e2e+accumulate:4"."""
     blocks: int
-    """Number of gradient-isolated blocks."""
+    """Number of gradient-isolated blocks; 1 where the whole model was trained."""
     cuts: list[str]
     """Units at which a block begins."""
     parameters: int
@@ -112,7 +113,7 @@ class RunDirectory:
 
         Raises:
             RunError: it holds another run, or files that belong to no run, or it is a run and ``resume`` is False.
-            CheckpointError: ``resume``, and the run there has another model or rule.
+            CheckpointError: ``resume``, and the run there has another model or method.
         """
         if not self.path.exists():
             return
@@ -131,7 +132,7 @@ class RunDirectory:
             raise RunError(f"{self.path} already holds {same}. Choose another --out to start anew.")
         if any(name in differences for name in _MODEL_FIELDS):
             raise CheckpointError(
-                f"The checkpoint in {self.path} belongs to another model or rule ({listed}). "
+                f"The checkpoint in {self.path} belongs to another model or method ({listed}). "
                 "Resume with the settings of that run, or choose another --out."
             )
         if differences:

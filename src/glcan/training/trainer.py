@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -15,25 +14,24 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
-from glcan.errors import CheckpointError, ConfigError, DataError, GlcanError, NonFiniteLoss, RunError, UnknownName
+from glcan.errors import CheckpointError, DataError, NonFiniteLoss, RunError
 from glcan.training import checkpoint
-from glcan.training.config import DEFAULT_BLOCKS, RunConfig
-from glcan.training.detection import check_predictions
-from glcan.training.environment import environment, resolve_device
+from glcan.training.building import autocast_dtype, build, class_names, load_data, to_device
+from glcan.training.config import RunConfig
+from glcan.training.environment import environment
 from glcan.training.evaluation import MEASURES, evaluate
+from glcan.training.phases import RunPhase, phases_of, schedule_share
 from glcan.training.progress import Reporter
 from glcan.training.run import Metric, RunDirectory, Summary, write_json
-from glcan.training.schedule import frozen_blocks, learning_rate, local_steps, schedule_share, start_steps
+from glcan.training.schedule import learning_rate
 from glcan.training.stop import Stop, Stopped
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
     from glcan.data import DetectionData, ImageData, PairData
-    from glcan.learner import LocalLearner
-    from glcan.tasks import Task
+    from glcan.learner import Learner
 
 
 def train(config: RunConfig, out: Path, *, resume: bool = False, progress: bool = True) -> Summary:
@@ -66,147 +64,6 @@ def train(config: RunConfig, out: Path, *, resume: bool = False, progress: bool 
             return _Training(config, run, data, learner, surroundings, progress).run_all()
 
 
-def load_data(config: RunConfig) -> ImageData | PairData | DetectionData:
-    """The data set of a configuration.
-
-    Raises:
-        UnknownName, DataError: there is no such data set, or it cannot be used.
-    """
-    from glcan import data
-
-    common: dict[str, Any] = {
-        "root": config.data_root,
-        "seed": config.seed,
-        "val": config.val,
-        "limit": config.limit,
-        "skip_corrupt": config.skip_corrupt,
-    }
-    if config.task == "detection":
-        return data.load_detection(config.data, image_size=config.image_size, **common)
-    if config.task == "super-resolution":
-        return data.load_pairs(config.data, scale=config.scale, patch=config.patch, crops=config.crops, **common)
-    return data.load(config.data, image_size=config.image_size, download=config.download, **common)
-
-
-def create_model(config: RunConfig, classes: int, shape: tuple[int, int | None, int | None]) -> nn.Module:
-    """The model of a configuration, with the initial weights of its seed, on the CPU.
-
-    Args:
-        config: its ``task``, ``model``, ``model_options``, ``scale`` and ``seed``.
-        classes: number of classes, for detection without the background; super-resolution has none and ignores it.
-        shape: channels, height and width of an image; None for the model's own size. Of super-resolution the channels
-            alone matter.
-    """
-    from glcan import models
-
-    torch.manual_seed(config.seed)
-    if config.task == "super-resolution":
-        return models.create(config.model, in_channels=shape[0], scale=config.scale, **config.model_options)
-    return models.create(
-        config.model,
-        num_classes=classes + (config.task == "detection"),  # the background is a class there
-        in_channels=shape[0],
-        image_size=shape[1],
-        **config.model_options,
-    )
-
-
-def to_device(
-    batch: Sequence[Any], device: torch.device, layout: torch.memory_format = torch.contiguous_format
-) -> tuple[Any, ...]:
-    """A batch, nested tensors of any task, on a device, with batches of images in a memory layout."""
-
-    def move(tensor: Tensor) -> Tensor:
-        return tensor.to(device, memory_format=layout) if tensor.dim() == 4 else tensor.to(device)
-
-    return tuple(tree_map_only(Tensor, move, list(batch)))
-
-
-def class_names(data: ImageData | PairData | DetectionData) -> list[str]:
-    """Names of the classes; none where the data has no classes."""
-    return getattr(data, "classes", [])
-
-
-def _task(config: RunConfig) -> Task:
-    from glcan.tasks import Classification, Detection, SuperResolution
-
-    if config.task == "super-resolution":
-        return SuperResolution(config.criterion)
-    if config.task == "detection":
-        return Detection()
-    return Classification(label_smoothing=config.label_smoothing)
-
-
-def build(config: RunConfig, data: ImageData | PairData | DetectionData) -> LocalLearner:
-    """The learner of a configuration: model from ``config.seed``, on ``config.device``, checked against the data.
-
-    Raises:
-        DataError: labels are out of range, or the images are not of the shape that the data set says.
-        ConfigError: the model refuses such images, or does not give a score per class, an image of the size, or boxes.
-    """
-    from glcan import rules
-    from glcan.learner import LocalLearner
-
-    rule = rules.create(config.rule, config.rule_options)
-    blocks = config.blocks
-    if rule.local:
-        blocks = None if config.cuts is not None or config.memory is not None else blocks or DEFAULT_BLOCKS
-    device = resolve_device(config.device)
-    if data.size("train") == 0:
-        raise DataError(
-            f"Data set {data.name!r} has no training images. Lower --val, give more images, or choose another --data."
-        )
-    if data.size("test") == 0:
-        raise DataError(f"Data set {data.name!r} has no test images to end the run with. Add some, or choose another.")
-    batch = _first_batch(config, data, device)
-    if config.task != "detection":  # whose images may differ in size
-        _check_images(batch[0], data)
-    layout = torch.channels_last if config.channels_last else torch.contiguous_format
-    model = create_model(config, len(class_names(data)), data.shape).to(device).to(memory_format=layout)
-    batch = to_device(batch, device, layout)
-    autocast = autocast_dtype(config)
-    _check_model(config, model, batch, data, autocast)
-    try:
-        return LocalLearner(
-            model,
-            _task(config),
-            batch,
-            blocks=blocks,
-            cuts=config.cuts,
-            units=config.units,
-            rule=rule,
-            optimizer=_optimizer(config),
-            autocast=autocast,
-            clip_norm=config.clip_norm,
-            recompute=config.recompute,
-            memory=config.memory,
-            accumulate=config.accumulate,
-            cuda_graph=config.cuda_graph,
-        )
-    except ValueError as error:
-        if "more than 1 value per channel" not in str(error):
-            raise
-        few, remedy = f"{len(batch[0])} image per batch is", ""
-        if config.accumulate > 1:
-            few, remedy = f"{len(batch[0])} images in {config.accumulate} parts are", " or lower --accumulate"
-        raise ConfigError(
-            f"{few} too few for the BatchNorm of {config.model!r} ({error}). Raise --batch{remedy}."
-        ) from error
-
-
-def _first_batch(
-    config: RunConfig, data: ImageData | PairData | DetectionData, device: torch.device
-) -> tuple[Any, ...]:
-    with checkpoint.preserved_rng(device):
-        batch: tuple[Any, ...] = next(iter(data.loader("train", config.batch)))
-    return batch
-
-
-def autocast_dtype(config: RunConfig) -> torch.dtype | None:
-    """The type of the autocast arithmetic; None for plain fp32."""
-    return torch.bfloat16 if config.precision == "bf16" else None
-
-
 @dataclass
 class _Progress:
     """How far a run is; saved with every checkpoint."""
@@ -217,7 +74,6 @@ class _Progress:
     images: int = 0  # images of the current epoch that are behind
     loss_sums: dict[str, float] = field(default_factory=dict)  # over these images, for each block
     loss_images: dict[str, int] = field(default_factory=dict)  # how many of them a block has seen
-    finishing: bool = False  # whether the finish has begun
     epoch_seconds: float = 0.0  # training time of the current epoch
     train_seconds: float = 0.0
     wall_seconds: float = 0.0
@@ -232,7 +88,7 @@ class _Training:
         config: RunConfig,
         run: RunDirectory,
         data: ImageData | PairData | DetectionData,
-        learner: LocalLearner,
+        learner: Learner,
         surroundings: dict[str, Any],
         progress: bool,
     ) -> None:
@@ -244,14 +100,17 @@ class _Training:
         self.state = _Progress()
         self.history: list[dict[str, Any]] = []
         self.stop = Stop()
-        self.local_steps = local_steps(config, self.steps_per_epoch)
         self.plan, self.auxiliary_parameters = learner.plan, _count(learner.auxiliary)
+        # with the number of blocks that the plan has, where a budget decided it
+        method = replace(config.parsed, number=learner.method.number)
+        self.phases = phases_of(method, config.epochs * self.steps_per_epoch, learner.plan.blocks)
+        self.phase: RunPhase | None = None
         self._pending: tuple[int, int, list[str], Tensor, torch.cuda.Event | None] | None = None
         self._started = time.monotonic()
 
     def run_all(self) -> Summary:
-        # What follows draws the same random numbers whatever the rule drew for its auxiliary networks.
-        torch.manual_seed(self.config.seed)
+        # What follows draws the same random numbers whatever the method drew for its auxiliary networks.
+        checkpoint.seed_all(self.config.seed)
         if self.run.checkpoint.exists():
             self._restore()
         self.run.write_history(self.history)
@@ -263,6 +122,7 @@ class _Training:
             self._tensorboard() as board,
             Reporter(self.config, total, self.state.step, self.progress) as report,
         ):
+            report.say(repr(self.learner).partition("\n")[0])
             try:
                 while self.state.epoch < self.config.epochs:
                     self._train_epoch(report)
@@ -301,8 +161,7 @@ class _Training:
             if batch is None:
                 break
             batch = to_device(batch, self.device, self.layout)
-            if state.step >= self.local_steps and not state.finishing:
-                self._begin_finish()
+            self._enter(state.step)
             self._set_rates()
             with self._memory_advice():
                 losses = self.learner.step(*batch)
@@ -323,45 +182,28 @@ class _Training:
         self._resolve_losses()
         state.epoch_seconds += time.monotonic() - began
 
-    def _set_rates(self) -> None:
-        """The learning rates and the kind of the step to come, and which blocks have come to the end of theirs."""
-        config, learner, step = self.config, self.learner, self.state.step
-        blocks = learner.plan.blocks
-        learner.end_to_end = step < start_steps(config, self.steps_per_epoch)
-        learner.frozen = frozen_blocks(config, step, self.steps_per_epoch, blocks)
-        for block, optimizer in learner.optimizer_of.items():
-            if block >= learner.frozen:
-                share = schedule_share(config, block, blocks)
-                rate = learning_rate(config, step / share, self.steps_per_epoch)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
-
-    def _begin_finish(self) -> None:
-        """From here on, the same model is trained end to end, with checkpointing, without the auxiliary networks."""
-        from glcan.learner import LocalLearner
-
+    def _enter(self, step: int) -> None:
+        """Makes the learner ready for the phase of a step."""
+        phase = next(phase for phase in self.phases if step < phase.end)
+        if phase is self.phase:
+            return
         self._resolve_losses()
-        self.state.finishing = True
-        blocks, model = self.learner, self.learner.model
-        batch = to_device(_first_batch(self.config, self.data, self.device), self.device, self.layout)
+        self.phase = phase
         with checkpoint.preserved_rng(self.device):
-            self.learner = LocalLearner(
-                model,
-                _task(self.config),
-                batch,
-                units=self.config.units,
-                rule="checkpoint",
-                optimizer=_optimizer(self.config),
-                autocast=autocast_dtype(self.config),
-                clip_norm=self.config.clip_norm,
-                accumulate=self.config.accumulate,
-                cuda_graph=self.config.cuda_graph,
-            ).train()
-        if self.config.finish_lr is None:  # no cycle of its own: momentum goes on as well
-            state = {parameter: state for each in blocks.optimizers for parameter, state in each.state.items()}
-            for optimizer in self.learner.optimizers:
-                for parameter in itertools.chain(*(group["params"] for group in optimizer.param_groups)):
-                    optimizer.state[parameter] = state.get(parameter, {})
+            same = phase.method.core == self.learner.method.core
+            self.learner.switch(None if same else phase.method, frozen=phase.frozen, end_to_end=phase.end_to_end)
+            self.learner.train()
+
+    def _set_rates(self) -> None:
+        """The learning rates of the step to come."""
+        config, learner, step = self.config, self.learner, self.state.step
+        assert self.phase is not None
+        for group in range(self.phase.frozen, len(learner.groups)):
+            optimizer = learner.optimizer_of(group)
+            share = 1.0 if self.phase.finish else schedule_share(config.parsed, group, self.plan.blocks)
+            rate = learning_rate(config, step / share, self.steps_per_epoch)
+            for settings in optimizer.param_groups if optimizer is not None else ():
+                settings["lr"] = rate
 
     def _batches(self) -> Iterator[tuple[Any, ...]]:
         """The batches of the current epoch that are still to come."""
@@ -389,7 +231,7 @@ class _Training:
             values = values.to("cpu", non_blocking=True)
             event = torch.cuda.Event()
             event.record()
-        names = ["finish"] if self.state.finishing else list(losses)
+        names = ["finish"] if self.phase is not None and self.phase.finish else list(losses)
         self._pending = (self.state.step, images, names, values, event)
         if event is None:
             self._resolve_losses()
@@ -481,8 +323,7 @@ class _Training:
                 f"The checkpoint is at step {progress.step}, which with {self.steps_per_epoch} batches per epoch would "
                 f"be step {expected}: data set {self.data.name!r} has another size now. Give it the files it had."
             )
-        if progress.finishing:
-            self._begin_finish()
+        self._enter(max(0, progress.step - 1))  # as it was when the checkpoint was written
         self.learner.load_state_dict(state["learner"])
         self.state, self.history = progress, state["history"]
         checkpoint.set_rng_state(state["rng"], self.device)
@@ -509,6 +350,7 @@ class _Training:
             val_metrics=_metrics(measures.units, last, "val"),
             train_loss=last["train_loss"],
             seed=self.config.seed,
+            method=str(self.config.parsed),
             epochs=self.config.epochs,
             steps=state.step,
             blocks=self.plan.blocks,
@@ -546,97 +388,10 @@ class _Training:
             yield
         except torch.OutOfMemoryError as error:
             raise RunError(
-                f"The GPU's memory does not hold a step with batch = {self.config.batch} in "
-                f"{self.learner.plan.blocks} blocks ({str(error).splitlines()[0]}). "
-                "Raise --blocks, lower --batch, or set --precision bf16; and choose another --out."
+                f"The GPU's memory does not hold a step with batch = {self.config.batch} and method = "
+                f"{self.config.method} ({str(error).splitlines()[0]}). Ask `glcan plan --memory` for a method that "
+                "fits, lower --batch, or set --precision bf16; and choose another --out."
             ) from None
-
-
-def optimizer_factory(
-    name: str, *, lr: float = 0.1, momentum: float = 0.9, nesterov: bool = True, weight_decay: float = 1e-4
-) -> Callable[[list[nn.Parameter]], torch.optim.Optimizer]:
-    """What makes an optimizer for a list of parameters: "sgd", "adamw" or "adam".
-
-    Raises:
-        UnknownName: no such optimizer.
-    """
-    if name == "adamw":
-        return functools.partial(torch.optim.AdamW, lr=lr, weight_decay=weight_decay)
-    if name == "adam":
-        return functools.partial(torch.optim.Adam, lr=lr, weight_decay=weight_decay)
-    if name == "sgd":
-        return functools.partial(
-            torch.optim.SGD, lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay
-        )
-    raise UnknownName("optimizer", name, ["sgd", "adamw", "adam"])
-
-
-def _optimizer(config: RunConfig) -> Callable[[list[nn.Parameter]], torch.optim.Optimizer]:
-    return optimizer_factory(
-        config.optimizer,
-        lr=config.lr,
-        momentum=config.momentum,
-        nesterov=config.nesterov,
-        weight_decay=config.weight_decay,
-    )
-
-
-def _check_images(images: Tensor, data: ImageData | PairData | DetectionData) -> None:
-    if tuple(images.shape[1:]) != tuple(data.shape) or not images.is_floating_point():
-        raise DataError(
-            f"Images of {data.name!r} come as {images.dtype} of shape {tuple(images.shape[1:])}, but the data set says "
-            f"floating point of shape {tuple(data.shape)} (channels, height, width). Correct the data set."
-        )
-
-
-def _check_model(
-    config: RunConfig,
-    model: nn.Module,
-    batch: tuple[Any, ...],
-    data: ImageData | PairData | DetectionData,
-    autocast: torch.dtype | None,
-) -> None:
-    """Run the model once on two images, as evaluation will."""
-    images = batch[0][:2]
-    training = model.training
-    model.eval()
-    device = images[0].device
-    try:
-        with (
-            checkpoint.preserved_rng(device),
-            torch.no_grad(),
-            torch.autocast(device.type, dtype=autocast, enabled=autocast is not None),
-        ):
-            scores = model(tree_map_only(Tensor, Tensor.clone, images))
-    except GlcanError:
-        raise
-    except Exception as error:  # whatever a model does with images that it was not made for
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        size = "--patch" if config.task == "super-resolution" else "--image-size"
-        raise ConfigError(
-            f"Model {config.model!r} refuses images of {data.name!r} with channels, height, width = "
-            f"{tuple(images[0].shape)}: {reason[0]}. Set {size} or --model-option, or choose another --model."
-        ) from error
-    finally:
-        model.train(training)
-    if config.task == "detection":
-        check_predictions(scores, len(images))
-        return
-    found = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-    if config.task == "super-resolution":
-        expected = (len(images), *batch[1].shape[1:])
-        if found != expected:
-            raise ConfigError(
-                f"Model {config.model!r} gives {found} for images {tuple(images.shape)}, but super-resolution with "
-                f"scale {config.scale} needs {expected}. Set --scale or --model-option, or choose another --model."
-            )
-        return
-    expected = (len(images), len(class_names(data)))
-    if found != expected:
-        raise ConfigError(
-            f"Model {config.model!r} gives {found} for {expected[0]} images, but classification of {data.name!r} needs "
-            f"scores of shape {expected}. Set the number of classes in --model-option, or choose another --model."
-        )
 
 
 def _metrics(units: Mapping[str, str], record: dict[str, Any], split: str) -> list[Metric]:

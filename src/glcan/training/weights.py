@@ -11,8 +11,8 @@ from safetensors.torch import load_model as load_safetensors
 from torch import nn
 
 from glcan.errors import CheckpointError
+from glcan.training.building import create_model
 from glcan.training.run import RunDirectory
-from glcan.training.trainer import create_model
 
 
 def load_model(out: Path) -> nn.Module:

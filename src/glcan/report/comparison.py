@@ -15,29 +15,26 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 
-from glcan import rules
-from glcan.errors import ConfigError, GlcanError, RunError
-from glcan.learner import LocalLearner
 from glcan.cost.step import StepCost, measure_step
+from glcan.errors import ConfigError, GlcanError, RunError
+from glcan.learner import Learner
 from glcan.report import tables
-from glcan.report.costs import WARMUP_ROUNDS, averaged, config_of, enter, phases, time_steps, weights_sha256
-from glcan.report.methods import Method, parse_methods
+from glcan.report.costs import WARMUP_ROUNDS, averaged, enter, time_steps, weights_sha256
 from glcan.report.results import Comparison, Curve, MethodResult, Metric, Reference, VersusE2E
+from glcan.strategies import EXACT, family_of
+from glcan.strategies.method import Method, parse_methods
 from glcan.training import RunConfig, RunDirectory, Summary, build, environment, load_data, read_metrics, train
+from glcan.training.building import to_device
 from glcan.training.checkpoint import write_atomically
 from glcan.training.evaluation import MEASURES
+from glcan.training.phases import RunPhase, phases_of
 from glcan.training.progress import Board
 from glcan.training.run import write_json
 from glcan.training.side_by_side import completed
-from glcan.training.trainer import to_device
 
 REQUEST = "request.json"
 RESULT = "comparison.json"
 DOCUMENT = "comparison.md"
-
-#: Of the methods with a start, where the settings have none: what brought most in pilots (docs/findings.md).
-DEFAULT_START = {"classification": 0.3, "super-resolution": 0.5, "detection": 0.5}
-DEFAULT_FINISH = 0.1
 
 
 def compare(
@@ -59,12 +56,9 @@ def compare(
     methods there is nothing to compare against, and ``vs_e2e`` is None.
 
     Args:
-        config: data, model and schedule of all runs. ``seed``, ``rule`` and ``blocks`` come from the other arguments;
-            ``cuts`` and ``rule_options`` go to the methods of ``config.rule``, ``start`` to those with a start,
-            ``finish`` and ``finish_lr`` to those with a finish; where the configuration has none, a start is 0.3
-            of the steps (super-resolution and detection 0.5) and a finish 0.1.
-        methods: "e2e", "checkpoint", "checkpoint-sqrt", or a rule with its number of blocks such as "glcan:4",
-            "glcan:4+start" or "glcan:4+finish"; any of them with "+accumulate:4", in place of the configuration's.
+        config: data, model and schedule of all runs. ``seed`` and ``method`` come from the other arguments; ``cuts``
+            and ``options`` go to the methods of the same name as ``config.method``.
+        methods: "e2e", "checkpoint", "selective", "glcan:4", "glcan:4+start", "e2e+accumulate:4", ...
         seeds: of the initial weights, the order of the images and their augmentation; one run each.
         out: new, empty, or the directory of this comparison.
         progress: report progress on standard error and print the table.
@@ -94,44 +88,41 @@ def compare(
     digest = _check_initial_weights(configs[seeds[0]])
 
     console = Console(stderr=True, quiet=not progress, highlight=False)
-    for name in ("cuts", "rule_options"):
-        if getattr(config, name) and all(method.rule != config.rule for method in parsed):
+    for name in ("cuts", "options"):
+        if getattr(config, name) and all(method.base != config.parsed.base for method in parsed):
             console.print(
-                f"{name} = {getattr(config, name)} are for rule {config.rule!r}, which no method uses: left out"
-            )
-    for name in ("start", "finish"):
-        if getattr(config, name) and not any(getattr(method, name) for method in parsed):
-            console.print(
-                f"{name} = {getattr(config, name):g} is for methods with +{name}, of which there are none: left out"
+                f"{name} = {getattr(config, name)} are for {config.parsed.base!r}, which is no method here: left out"
             )
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / REQUEST, request)
-    summaries: dict[str, list[Summary]] = {method.name: [] for method in parsed}
-    curves: dict[str, list[list[dict[str, Any]]]] = {method.name: [] for method in parsed}
-    end_to_end = next((method for method in parsed if method.name == "e2e"), None)
-    shared = [m for m in parsed if share_exact and end_to_end and rules.RULES[m.rule].exact and m.accumulate is None]
+    summaries: dict[str, list[Summary]] = {str(method): [] for method in parsed}
+    curves: dict[str, list[list[dict[str, Any]]]] = {str(method): [] for method in parsed}
+    end_to_end = next((method for method in parsed if str(method) == "e2e"), None)
+    shared = [
+        m for m in parsed if share_exact and end_to_end and m.base in EXACT and m.accumulate == 1 and m != end_to_end
+    ]
     trained = [method for method in parsed if method not in shared]
     runs = [
         _Run(method, seed, configs[seed][method], out / method.folder / f"seed{seed}")
         for seed, method in itertools.product(seeds, trained)
     ]
     for run, summary in zip(runs, _train(runs, jobs, progress, console), strict=True):
-        summaries[run.method.name].append(summary)
-        curves[run.method.name].append(read_metrics(run.folder))
+        summaries[str(run.method)].append(summary)
+        curves[str(run.method)].append(read_metrics(run.folder))
 
     for method in shared:
         assert end_to_end is not None
-        summaries[method.name], curves[method.name] = summaries[end_to_end.name], curves[end_to_end.name]
+        summaries[str(method)], curves[str(method)] = summaries[str(end_to_end)], curves[str(end_to_end)]
 
     console.print("memory and time of a step, methods taking turns", style="bold")
     costs, seconds, batch = _costs(configs[seeds[0]])
     results = [
         _result(
             method,
-            summaries[method.name],
-            curves[method.name],
-            costs[method.name],
-            seconds[method.name],
+            summaries[str(method)],
+            curves[str(method)],
+            costs[str(method)],
+            seconds[str(method)],
             bool(config.val),
             "e2e" if method in shared else None,
         )
@@ -145,8 +136,8 @@ def compare(
         "epochs": config.epochs,
         "seeds": list(seeds),
         "methods": results,
-        "references": _references(summaries[parsed[0].name][0]),
-        "timing": {"batch": batch, "warmup_rounds": WARMUP_ROUNDS, "rounds": len(seconds[parsed[0].name])},
+        "references": _references(summaries[str(parsed[0])][0]),
+        "timing": {"batch": batch, "warmup_rounds": WARMUP_ROUNDS, "rounds": len(seconds[str(parsed[0])])},
         "initial_weights_sha256": digest,
         "config": request["config"],
         "environment": environment(),
@@ -170,7 +161,7 @@ class _Run(NamedTuple):
 
     @property
     def name(self) -> str:
-        return f"{self.method.name}, seed {self.seed}"
+        return f"{self.method}, seed {self.seed}"
 
 
 def _train(runs: list[_Run], jobs: int, progress: bool, console: Console) -> list[Summary]:
@@ -203,44 +194,28 @@ def _configs(config: RunConfig, methods: list[Method], seeds: Sequence[int]) -> 
     for i, seed in enumerate(seeds):
         if seed in seeds[:i]:
             raise ConfigError(f"Seed {seed} is named more than once; its run would be the same. Name each seed once.")
-    own = [method for method in methods if method.rule == config.rule and not method.baseline]
+    own = [method for method in methods if method.base == config.parsed.base]
     for method in own:
-        if config.cuts is not None and method.blocks != len(config.cuts) + 1:
+        if config.cuts is not None and method.number != len(config.cuts) + 1:
             raise ConfigError(
-                f"Method {method.name!r} has {method.blocks} blocks, but {len(config.cuts)} cuts make "
-                f"{len(config.cuts) + 1}. Write '{method.rule}:{len(config.cuts) + 1}', or leave the cuts out."
+                f"Method '{method}' has {method.number} blocks, but {len(config.cuts)} cuts make "
+                f"{len(config.cuts) + 1}. Write '{method.base}:{len(config.cuts) + 1}', or leave the cuts out."
             )
     settings = config.model_dump()
     configs: dict[int, dict[Method, RunConfig]] = {seed: {} for seed in seeds}
     for seed, method in itertools.product(seeds, methods):
-        change: dict[str, Any] = {
-            "rule": method.rule,
-            "seed": seed,
-            "blocks": None,
-            "cuts": None,
-            "memory": None,
-            "recompute": False,
-            "rule_options": {},
-            "start": (config.start or DEFAULT_START[config.task]) if method.start else 0.0,
-            "finish": (config.finish or DEFAULT_FINISH) if method.finish else 0.0,
-            "finish_lr": config.finish_lr if method.finish else None,
-            "accumulate": method.accumulate or config.accumulate,
-        }
-        if not method.baseline:
-            change["blocks"] = method.blocks
-        if method in own:
-            change |= {"cuts": config.cuts, "rule_options": config.rule_options}
+        change: dict[str, Any] = {"method": str(method), "seed": seed, "memory": None, "recompute": False}
+        change |= {"cuts": config.cuts, "options": config.options} if method in own else {"cuts": None, "options": {}}
         configs[seed][method] = RunConfig(**(settings | change))
     return configs
 
 
 def _request(config: RunConfig, methods: list[Method], seeds: Sequence[int]) -> dict[str, Any]:
     """What was asked for; the settings that ``methods`` and ``seeds`` replace are at their defaults."""
-    defaults = {name: RunConfig.model_fields[name].default for name in ("seed", "blocks")}
-    base = RunConfig(**(config.model_dump() | defaults))
+    base = RunConfig(**(config.model_dump() | {"seed": RunConfig.model_fields["seed"].default}))
     return {
         "config": base.model_dump(mode="json"),
-        "methods": [method.name for method in methods],
+        "methods": [str(method) for method in methods],
         "seeds": list(seeds),
     }
 
@@ -281,7 +256,7 @@ def _check_initial_weights(configs: dict[Method, RunConfig]) -> str:
     digests = {}
     data = load_data(next(iter(configs.values())))
     for method, config in configs.items():
-        digests[method.name] = weights_sha256(build(config, data).model)
+        digests[str(method)] = weights_sha256(build(config, data).model)
         gc.collect()
     assert len(set(digests.values())) == 1, f"methods begin with different weights: {digests}"
     return next(iter(digests.values()))
@@ -290,27 +265,31 @@ def _check_initial_weights(configs: dict[Method, RunConfig]) -> str:
 def _costs(configs: dict[Method, RunConfig]) -> tuple[dict[str, StepCost], dict[str, list[float]], int]:
     """Cost of a metered step of each method, seconds of the interleaved steps, and the images in such a step.
 
-    Where a run has steps of several kinds (`phases`): the larger of the peaks, and the mean of FLOPs and seconds.
+    Where a run has steps of several kinds (`glcan.training.phases`): the larger of the peaks, and the mean of FLOPs and
+    seconds.
     """
     data = load_data(next(iter(configs.values())))
     batch: tuple[Any, ...] = ()
-    steps: dict[tuple[str, int], RunConfig] = {}
-    shares = {method.name: phases(config, method.blocks) for method, config in configs.items()}
+    kinds: dict[tuple[str, int], tuple[RunConfig, RunPhase]] = {}
+    shares: dict[str, dict[int, float]] = {}
     for method, config in configs.items():
-        for phase in shares[method.name]:
-            steps[method.name, phase] = config_of(phase, config)
+        steps = config.epochs * len(data.loader("train", config.batch))
+        table = phases_of(method, steps, method.number or 1)
+        shares[str(method)] = {i: (phase.end - phase.begin) / steps for i, phase in enumerate(table)}
+        kinds |= {(str(method), i): (config, phase) for i, phase in enumerate(table)}
 
-    def learner_of(key: tuple[str, int]) -> LocalLearner:
-        return enter(build(steps[key], data), key[1])
+    def learner_of(key: tuple[str, int]) -> Learner:
+        config, phase = kinds[key]
+        return enter(build(config, data), phase)
 
     costs: dict[tuple[str, int], StepCost] = {}
-    for key, config in steps.items():
+    for key, (config, _) in kinds.items():
         learner = learner_of(key)
         batch = _batch(config, learner, next(iter(data.loader("train", config.batch))))
         costs[key] = measure_step(learner, *batch)
         del learner
         gc.collect()
-    seconds = time_steps({key: learner_of(key) for key in steps}, batch)
+    seconds = time_steps({key: learner_of(key) for key in kinds}, batch)
     means: dict[str, list[float]] = {}
     for name, share in shares.items():
         rounds = zip(*(seconds[name, phase] for phase in share), strict=True)
@@ -322,7 +301,7 @@ def _costs(configs: dict[Method, RunConfig]) -> tuple[dict[str, StepCost], dict[
     )
 
 
-def _batch(config: RunConfig, learner: LocalLearner, batch: tuple[Any, ...]) -> tuple[Any, ...]:
+def _batch(config: RunConfig, learner: Learner, batch: tuple[Any, ...]) -> tuple[Any, ...]:
     """A batch as the trainer gives it to this learner."""
     device = next(learner.model.parameters()).device
     return to_device(batch, device, torch.channels_last if config.channels_last else torch.contiguous_format)
@@ -340,7 +319,8 @@ def _result(
     first = summaries[0]
     quarters = statistics.quantiles(seconds, n=4, method="inclusive")
     return {
-        "name": method.name,
+        "name": str(method),
+        "family": family_of(method.base),
         "blocks": first.blocks,
         "metric": _metric(summaries, first.metric.name, same_as=same_as),
         "beside": [_metric(summaries, name, same_as=same_as) for name in MEASURES[first.config.task].beside],

@@ -1,0 +1,1 @@
+"""What a step costs: estimated before anything runs, and metered."""

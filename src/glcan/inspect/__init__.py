@@ -1,0 +1,1 @@
+"""Somebody's model, looked at and not changed."""
