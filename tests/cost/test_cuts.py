@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from glcan.errors import CutError, UnknownName
 from glcan.cost.cuts import cheapest_cuts, choose_cuts, longest_end, make_plan, numbers_of_blocks
+from glcan.errors import CutError, UnknownName
 from glcan.inspect.features import Feature
 from glcan.inspect.profile import Profile, Unit
 

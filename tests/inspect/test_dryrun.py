@@ -11,8 +11,8 @@ from tests.zoo import Small, assert_equal, gradients
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from glcan.inspect.dryrun import UntouchedParameters, dry_run, fake_copy, uninitialized
 from glcan.errors import GradientLeak
+from glcan.inspect.dryrun import UntouchedParameters, dry_run, fake_copy, uninitialized
 
 
 def test_a_fake_copy_keeps_ties_and_modes() -> None:
@@ -99,6 +99,59 @@ def test_a_model_that_cannot_be_copied_is_run_for_real() -> None:
     model = Small()
     model.state = model.stem.weight * 2  # no leaf: deepcopy refuses it
     assert dry_run(model, zoo.images(2, 8), lambda m, b: m is model and type(b) is Tensor)
+
+
+def test_a_real_run_on_a_few_images_is_said() -> None:
+    model, batch = Small(), zoo.images(8, 8)
+    seen: list[tuple[type, int]] = []
+
+    def use(twin: nn.Module, given: Tensor) -> float:
+        seen.append((type(given), len(given)))
+        return twin(given).sum().item()
+
+    with pytest.warns(UserWarning, match=r"Small cannot be looked at without computing \(DataDependentOutputEx.*a few"):
+        dry_run(model, batch, use, few=batch[:2])
+    assert seen == [(FakeTensor, 8), (Tensor, 2)]
+    dry_run(model, batch, use)  # no warning where the whole batch is asked for
+    assert seen[2:] == [(FakeTensor, 8), (Tensor, 8)]
+    assert dry_run(model, batch, lambda twin, given: len(given), few=batch[:2]) == 8, "nor where nothing is computed"
+
+
+def test_errors_of_a_few_images_come_through_without_a_warning() -> None:
+    def use(twin: nn.Module, given: Tensor) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        dry_run(Small(), batch := zoo.images(4, 8), use, few=batch[:2])
+
+
+def test_a_model_in_eval_mode_is_looked_at_in_train_mode() -> None:
+    seen: list[list[bool]] = []
+
+    def use(twin: nn.Module, given: Tensor) -> None:
+        seen.append([twin.training, twin.b.training, twin.c.training])
+        twin(given).sum().item()  # once more, for real
+
+    model = Small().eval()
+    dry_run(model, zoo.images(2, 8), use)
+    assert not any(m.training for m in model.modules())
+    model.train()
+    model.b.eval()  # frozen statistics: what its owner set stays
+    dry_run(model, zoo.images(2, 8), use)
+    assert seen == [[True, True, True]] * 2 + [[True, False, True]] * 2
+    assert not model.b.training
+
+
+def test_a_fake_copy_of_a_model_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        model = Small()
+    model.c.a.weight = model.a.a.weight
+    model.d.requires_grad_(False)
+    found = dry_run(model, zoo.images(2, 8), lambda twin, batch: (twin, twin(batch)))
+    assert {p.device.type for p in (*found[0].parameters(), *found[0].buffers(), found[1])} == {"cpu"}
+    assert found[0].c.a.weight is found[0].a.a.weight
+    assert [p.requires_grad for p in found[0].parameters()] == [p.requires_grad for p in model.parameters()]
+    assert all(p.is_meta for p in model.parameters())
 
 
 def test_uninitialized_models_draw_nothing() -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import gc
-from functools import partial
 from typing import Any
 
 import pytest
@@ -17,8 +15,7 @@ from torch.profiler import profile as torch_profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from glcan.inspect.dryrun import dry_run
-from glcan.learner import LocalLearner
-from glcan.cost.step import KINDS, LiveMemory, measure_step
+from glcan.inspect.meter import KINDS, LiveMemory
 from glcan.models import create
 
 MODELS = {
@@ -169,29 +166,3 @@ def test_an_exception_leaves_no_hooks() -> None:
         raise ZeroDivisionError
     assert not model.weight._post_accumulate_grad_hooks
     assert not memory._handles
-
-
-def test_a_step_of_a_learner_is_metered(batch: Any) -> None:
-    model = create("cifar_resnet20", num_classes=10)
-    plain = copy.deepcopy(model)
-    sgd = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
-    learner = LocalLearner(model, sample=batch, blocks=4, optimizer=sgd)
-    cost = measure_step(learner, *batch)
-    whole = measure_step(LocalLearner(plain, sample=batch, rule="e2e", optimizer=sgd), *batch)
-    assert sum(cost.by_kind.values()) == cost.peak_bytes
-    assert cost.cuda_peak_bytes is None
-    parameters = 4 * sum(p.numel() for p in model.parameters())
-    auxiliary = 4 * sum(p.numel() for p in learner.auxiliary.parameters())
-    assert whole.by_kind["parameters"] >= parameters
-    assert whole.by_kind["optimizer_state"] == parameters
-    assert whole.by_kind["auxiliary"] == 0
-    assert 2 * auxiliary <= cost.by_kind["auxiliary"] <= 3.5 * auxiliary
-    assert cost.by_kind["inputs"] == batch[0].nbytes + batch[1].nbytes
-    assert cost.activation_peak_bytes < 0.5 * whole.activation_peak_bytes
-    assert whole.flops < cost.flops < 1.4 * whole.flops
-    again = measure_step(learner, *batch)
-    assert (again.peak_bytes, again.activation_peak_bytes, again.flops) == (
-        cost.peak_bytes,
-        cost.activation_peak_bytes,
-        cost.flops,
-    ), "repeatable"

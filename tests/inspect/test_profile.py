@@ -16,10 +16,10 @@ from tests.zoo import Residual, Small, assert_equal, gradients
 from torch import Tensor, nn
 
 from glcan.errors import ConfigError, CutError, UnknownName
-from glcan.cost.step import LiveMemory
-from glcan.models import create
 from glcan.inspect.features import Feature, read_feature
+from glcan.inspect.meter import LiveMemory
 from glcan.inspect.record import profile
+from glcan.models import create
 
 # What a person would call the units: how many of each name, the number at its end left out.
 UNITS = {
@@ -95,6 +95,25 @@ def test_figures_by_hand() -> None:
         assert memory.current["activations"] == sum(u.saved_bytes for u in found.units)
         assert memory.flops == found.flops
         del output
+
+
+@pytest.mark.parametrize("name", ["resnet", "swin"])
+def test_figures_of_another_batch(name: str) -> None:
+    """Of Swin, several rows of a tensor belong to an image: windows are folded into the first dimension."""
+    model = create("cifar_resnet20") if name == "resnet" else zoo.torchvision("swin_t", num_classes=10)
+    few, whole = profile(model, (zoo.images(2, 32),)), profile(model, (zoo.images(6, 32),))
+    found = few.scaled(6)
+    assert (found.batch, found.output, found.flops) == (6, whole.output, whole.flops)
+    for mine, theirs in zip(found.units, whole.units, strict=True):
+        assert (mine.name, mine.entering, mine.output, mine.flops) == (
+            theirs.name,
+            theirs.entering,
+            theirs.output,
+            theirs.flops,
+        )
+        assert mine.saved_bytes == pytest.approx(theirs.saved_bytes, rel=0.02, abs=2048)  # but for statistics
+    assert found.scaled(2) == few
+    assert (found.cuttable, found.crossing, found.calls) == (whole.cuttable, whole.crossing, whole.calls)
 
 
 def test_chained_units() -> None:
