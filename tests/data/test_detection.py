@@ -13,8 +13,9 @@ from tests.data.detection_files import CATEGORIES, coco_content, voc_xml, write_
 from torch import Tensor
 
 from glcan.data import DetectionData, available, load, load_detection
-from glcan.data.detection import BoxAugmentation, read_pixels
+from glcan.data.box_augmentation import BoxAugmentation
 from glcan.data.images import generator
+from glcan.data.preprocessing import read_pixels
 from glcan.data.scenes import Scenes
 from glcan.errors import ConfigError, DataError, UnknownName
 

@@ -13,7 +13,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from glcan.data.detection import AnnotationBuilder, Annotations, FileDetection
+from glcan.data.annotations import AnnotationBuilder, Annotations
+from glcan.data.file_detection import FileDetection
 from glcan.errors import DataError
 
 _LAYOUT = (

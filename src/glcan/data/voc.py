@@ -15,7 +15,8 @@ from xml.etree import ElementTree
 
 from PIL import Image
 
-from glcan.data.detection import AnnotationBuilder, Annotations, FileDetection
+from glcan.data.annotations import AnnotationBuilder, Annotations
+from glcan.data.file_detection import FileDetection
 from glcan.errors import DataError
 
 _LAYOUT = "ROOT/VOCdevkit/VOC2007 (or ROOT itself) with Annotations/*.xml, JPEGImages/*.jpg and ImageSets/Main/*.txt"
