@@ -426,3 +426,44 @@ def test_boxes_that_leave_the_image_are_left_out() -> None:
     assert (1,) in kept
     empty = BoxAugmentation()(image, torch.zeros(0, 4), generator(1))
     assert (empty[1].shape, empty[2].shape) == ((0, 4), (0,))
+
+
+def test_a_box_of_which_too_little_is_visible_is_left_out() -> None:
+    """The share is computed here by hand, from the four numbers that the augmentation draws."""
+    image = torch.randint(256, (3, 100, 100), dtype=torch.uint8, generator=generator("pixels"))
+    boxes = torch.tensor([[0.0, 0.0, 24.0, 24.0], [70.0, 4.0, 100.0, 90.0], [40.0, 40.0, 60.0, 60.0]])
+    slivers = 0
+    for seed in range(300):
+        draw, again = generator(seed), generator(seed)
+        moved, found, kept = BoxAugmentation(flip=False, scale=(1.25, 1.25))(image, boxes, draw)
+        _, _, down, right = torch.rand(4, generator=again, dtype=torch.float64).tolist()
+        assert torch.equal(draw.get_state(), again.get_state())  # four numbers, however many boxes are left
+        top, left = round(20 * down), round(20 * right)
+        shares = [
+            max(0, min(x2, left + 80) - max(x1, left))
+            * max(0, min(y2, top + 80) - max(y1, top))
+            / (x2 - x1)
+            / (y2 - y1)
+            for x1, y1, x2, y2 in boxes.tolist()
+        ]
+        assert kept.tolist() == [row for row, share in enumerate(shares) if share >= 0.3]
+        slivers += sum(share < 0.3 for share in shares)
+        every, whole, _ = BoxAugmentation(flip=False, scale=(1.25, 1.25), visible=0)(image, boxes, generator(seed))
+        assert torch.equal(moved, every)
+        assert torch.equal(found, whole[kept])
+    assert slivers > 100
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_the_visible_share_is_that_of_the_mirrored_box(flip: bool) -> None:
+    """A window of 80 of 100 columns: of a box of 20 columns at a border at least 30 % is kept, or it is left out."""
+    image = torch.zeros(3, 100, 100, dtype=torch.uint8)
+    boxes = torch.tensor([[0.0, 0.0, 20.0, 100.0]])
+    for seed in range(100):
+        _, found, kept = BoxAugmentation(flip=flip, scale=(1.25, 1.25))(image, boxes, generator(seed))
+        for x1, _, x2, _ in found.tolist():
+            assert (x2 - x1) * 0.8 * 80 >= 0.3 * 20 * 100 - 1e-3
+        mirrored, _, _, right = torch.rand(4, generator=generator(seed), dtype=torch.float64).tolist()
+        left = round(20 * right)
+        columns = left if flip and mirrored < 0.5 else 20 - left
+        assert len(kept) == (columns * 80 >= 0.3 * 20 * 100)

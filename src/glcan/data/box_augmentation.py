@@ -21,7 +21,8 @@ class BoxAugmentation:
     Attributes:
         flip: mirror left-right with probability 1/2.
         scale: limits of the factor, drawn uniformly in its logarithm; (1, 1): none.
-        visible: a box of which the window holds less than this share of the area is left out.
+        visible: a box of which the window holds less than this share of the area is left out, and one that is
+            left with a side of less than a pixel.
     """
 
     flip: bool = True
@@ -41,13 +42,19 @@ class BoxAugmentation:
         low, high = self.scale
         factor = low * (high / low) ** zoom
         window = max(1, round(height / factor)), max(1, round(width / factor))
+        top, left = round((height - window[0]) * down), round((width - window[1]) * right)
+        share = _share_inside(where.as_subclass(Tensor), top, left, *window)  # torchvision's crop clamps: not after it
         if window != (height, width):
-            top, left = round((height - window[0]) * down), round((width - window[1]) * right)
             image = F.resized_crop(image, top, left, *window, [height, width], antialias=True)
             where = F.resized_crop(where, top, left, *window, [height, width])
-        whole = where.as_subclass(Tensor)
         inside = F.clamp_bounding_boxes(where).as_subclass(Tensor)
-        sides = inside[:, 2:] - inside[:, :2]
-        share = sides.prod(1) / (whole[:, 2:] - whole[:, :2]).prod(1)
-        kept = ((share >= self.visible) & (sides >= 1).all(1)).nonzero()[:, 0]
+        large = (inside[:, 2:] - inside[:, :2] >= 1).all(1)
+        kept = ((share >= self.visible) & large).nonzero()[:, 0]
         return image, inside[kept], kept
+
+
+def _share_inside(boxes: Tensor, top: int, left: int, height: int, width: int) -> Tensor:
+    """The share of the area of each of the boxes [N, 4] that lies in a window, [N]; NaN for a box without area."""
+    window = boxes.new_tensor([left, top, left + width, top + height])
+    corner, opposite = boxes[:, :2].maximum(window[:2]), boxes[:, 2:].minimum(window[2:])
+    return (opposite - corner).clamp(min=0).prod(1) / (boxes[:, 2:] - boxes[:, :2]).prod(1)
