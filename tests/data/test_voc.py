@@ -142,6 +142,12 @@ def test_bad_lists(tmp_path: Path, content: bytes, message: str) -> None:
         load(tmp_path)
 
 
+def test_a_name_in_both_lists_is_said(tmp_path: Path) -> None:
+    write(tmp_path, {"a": "red", "b": "blue"})
+    with pytest.warns(UserWarning, match=r"1 images of 'voc' are in two parts of it.*b.png' \(train\)"):
+        load(tmp_path)
+
+
 # ---------------------------------------------------------------- values
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from glcan.data.annotations import Annotations
 from glcan.data.detection import DetectionData
+from glcan.data.files import warn_of_files_in_two_places
 from glcan.data.preprocessing import read_pixels, sizes_differ
 from glcan.errors import DataError
 
@@ -44,6 +45,13 @@ class FileDetection(DetectionData):
         self._files = {source: list(paths) for source, paths in files.items()}
         super().__init__(name, classes, annotations, **common)
         self._check_files(skip_corrupt, verify)
+        if verify:
+            parts = [
+                (self._files[source][index], split)
+                for split, (source, indices) in self._splits.items()
+                for index in indices.tolist()
+            ]
+            warn_of_files_in_two_places(parts, repr(name))
 
     def _check_files(self, skip_corrupt: bool, verify: bool) -> None:
         """Looks for every file of the splits, reads them if asked; drops the bad ones, or raises on the first."""
@@ -79,7 +87,7 @@ class FileDetection(DetectionData):
                 )
         warnings.warn(
             f"{len(bad)} of {len(used)} images of {self.name!r} cannot be used and are left out: "
-            f"{', '.join(path for _, _, path in bad[:5])}{', ...' if len(bad) > 5 else ''}",
+            f"{', '.join(repr(path) for _, _, path in bad[:5])}{', ...' if len(bad) > 5 else ''}",
             stacklevel=3,
         )
 

@@ -85,7 +85,7 @@ def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
 
 
 def warn_of_files_in_two_places(files: Sequence[tuple[str, str]], what: str) -> None:
-    """Says once that a file, by way of links, is in two parts of a data set.
+    """Says once that a file, by way of links or lists, is in two parts of a data set.
 
     Args:
         files: paths, and for each what it is in ("train", "train as 'cat'").
@@ -103,8 +103,8 @@ def warn_of_files_in_two_places(files: Sequence[tuple[str, str]], what: str) -> 
             twice.append(f"{first[0]!r} ({first[1]}) is {path!r} ({part})")
     if twice:
         warnings.warn(
-            f"{len(twice)} images of {what} are in two parts of it, because links lead to the same file: {twice[0]}. "
-            "Remove the links from one of them.",
+            f"{len(twice)} images of {what} are in two parts of it, as links or lists lead to the same file: "
+            f"{twice[0]}. Remove them from one of the parts.",
             stacklevel=3,
         )
 
