@@ -1,4 +1,4 @@
-"""COCO's layout as people's tools write it: numbers and flags as text, names twice."""
+"""COCO's layout as people's tools write it: numbers and flags as text, names twice, parts without objects."""
 
 from __future__ import annotations
 
@@ -10,9 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tests.data.detection_files import coco_content, write_coco, write_image
 
 from glcan.data import load_detection
+from glcan.data.annotations import AnnotationBuilder, Annotations
+from glcan.data.detection import DetectionData
+from glcan.data.images import generator
+from glcan.data.scenes import Scenes
 from glcan.data.values import as_flag, as_integer, as_number, as_text
 from glcan.errors import DataError
 
@@ -148,6 +153,73 @@ def test_json_in_utf16_is_read_and_nested_json_is_refused(tmp_path: Path) -> Non
     path.write_text("[" * 200000)
     with pytest.raises(DataError, match="cannot be read"):
         load_detection("coco", root=tmp_path)
+
+
+# ---------------------------------------------------------------- parts without objects
+
+
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("crowd", [True, False])
+def test_a_test_part_without_objects_is_refused(tmp_path: Path, crowd: bool, verify: bool) -> None:
+    write_coco(tmp_path)
+    content = coco_content(3)
+    content["annotations"] = [entry | {"iscrowd": 1} for entry in content["annotations"] if crowd]
+    (tmp_path / "annotations/instances_val2017.json").write_text(json.dumps(content))
+    with pytest.raises(
+        DataError, match=r"None of the 3 test images of 'coco' has a box of a single object.*no mAP.*Give"
+    ):
+        load_detection("coco", root=tmp_path, verify=verify)
+
+
+def test_a_test_part_whose_objects_are_outside_is_refused(tmp_path: Path) -> None:
+    write_coco(tmp_path)
+    content = coco_content(3)
+    content["annotations"] = [entry | {"bbox": [90, 90, 5, 5]} for entry in content["annotations"]]
+    (tmp_path / "annotations/instances_val2017.json").write_text(json.dumps(content))
+    with (
+        pytest.warns(UserWarning, match="3 boxes in .* are left out"),
+        pytest.raises(DataError, match="None of the 3 test images"),
+    ):
+        load_detection("coco", root=tmp_path)
+
+
+def test_a_test_part_whose_images_with_objects_are_damaged_is_refused(tmp_path: Path) -> None:
+    write_coco(tmp_path)
+    (tmp_path / "val2017/000000000003.jpg").write_bytes(b"")
+    with (
+        pytest.warns(UserWarning, match="1 of 5 images of 'coco' cannot be used"),
+        pytest.raises(DataError, match="None of the 2 test images"),
+    ):
+        load_detection("coco", root=tmp_path, skip_corrupt=True)
+
+
+class _OneInTen(DetectionData):
+    """Train images of which every tenth has a box."""
+
+    def __init__(self, **common: Any) -> None:
+        super().__init__("some", ["thing"], {"train": _notes(20), "test": _notes(1)}, **common)
+
+    def _pixels(self, source: str, index: int) -> torch.Tensor:
+        return torch.zeros(3, 30, 40, dtype=torch.uint8)
+
+
+def _notes(images: int) -> Annotations:
+    builder = AnnotationBuilder("some")
+    for index in range(images):
+        builder.add(index, (30, 40), [("box", [1, 1, 9, 9], 1, None, False)] if index % 10 == 0 else [])
+    return builder.build()
+
+
+def test_a_val_part_without_objects_is_refused() -> None:
+    for seed in range(30):
+        held_out = int(torch.randperm(20, generator=generator("val", seed))[0])
+        if held_out % 10 == 0:
+            assert _OneInTen(val=1, seed=seed).ground_truth("val")["annotations"]
+        else:
+            with pytest.raises(DataError, match=r"None of the 1 val images of 'some'.*another val or another seed"):
+                _OneInTen(val=1, seed=seed)
+    assert _OneInTen(val=10, seed=0).size("val") == 10
+    assert Scenes(size=64, train=8, test=1).size("test") == 1
 
 
 # ---------------------------------------------------------------- values

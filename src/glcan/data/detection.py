@@ -61,7 +61,7 @@ class DetectionData(ABC):
         shape: (3, image_size, image_size); images may differ in size, the model resizes them.
 
     Raises:
-        DataError: no images in a source, or no boxes to learn.
+        DataError: no images in a source, or a split without boxes of single objects.
         ConfigError: `val` or `limit` out of range.
     """
 
@@ -89,6 +89,19 @@ class DetectionData(ABC):
         train = self._annotations["train"]
         self._splits = {source: (source, torch.arange(len(values))) for source, values in annotations.items()}
         self._splits |= self._divided(train.learnable() > 0, val, limit)
+        self._check_objects()
+
+    def _check_objects(self) -> None:
+        """Refuses splits without an object now: measuring them would end the training after its last epoch."""
+        for split, (source, indices) in self._splits.items():
+            if not bool((self._annotations[source].learnable()[indices] > 0).any()):
+                remedy = (
+                    "Choose another val or another seed" if split == "val" else "Give annotations of single objects"
+                )
+                raise DataError(
+                    f"None of the {len(indices)} {split} images of {self.name!r} has a box of a single object (crowds "
+                    f"do not count), so that no mAP can be computed. {remedy}."
+                )
 
     def _divided(self, useful: Tensor, val: int | float, limit: int | None) -> dict[str, tuple[str, Tensor]]:
         number = len(useful)

@@ -90,6 +90,7 @@ class FileDetection(DetectionData):
             f"{', '.join(repr(path) for _, _, path in bad[:5])}{', ...' if len(bad) > 5 else ''}",
             stacklevel=3,
         )
+        self._check_objects()
 
     def _pixels(self, source: str, index: int) -> Tensor:
         height, width = self._annotations[source].sizes[index].tolist()
