@@ -6,7 +6,7 @@ import shutil
 import pytest
 from PIL import Image
 
-from glcan.data import load, load_pairs
+from glcan.data import available, load, load_pairs
 from glcan.data.files import images_below, inside, read_lines
 from glcan.errors import DataError
 
@@ -57,6 +57,15 @@ def test_links_that_lead_back_are_not_followed(tree, target):
         data = load("imagefolder", root=root, image_size=16)
     assert len(caught) == 1
     assert sizes(data) == (8, 0, 2)
+
+
+def test_a_link_beside_the_classes_that_leads_back_is_no_class(tree):
+    root = tree({"cat": 4, "dog": 4})
+    (root / "all").symlink_to(root)
+    with pytest.warns(UserWarning, match=r"1 links in .* lead back .*images/all'"):
+        data = load("imagefolder", root=root, image_size=16)
+    assert data.classes == ["cat", "dog"]
+    assert sizes(data) == (6, 0, 2)
 
 
 def test_links_between_two_folders_end(tmp_path, draw):
@@ -120,6 +129,13 @@ def test_a_folder_that_may_not_be_listed_is_named(tree):
     (root / "dog/more").chmod(0)
     with pytest.raises(DataError, match=r"more' cannot be listed"):
         load("imagefolder", root=root, image_size=16)
+
+
+def test_a_root_that_is_no_folder_holds_nothing(tmp_path):
+    (tmp_path / "file").write_text("")
+    for root in (tmp_path / "none", tmp_path / "file"):
+        assert {info.name for info in available(root) if info.found} >= {"digits"}
+        assert {info.name: info.found for info in available(root)}["set5"] is None
 
 
 # ---------------------------------------------------------------- names

@@ -22,12 +22,16 @@ def is_image(name: str) -> bool:
 
 
 def folders_in(root: Path) -> list[str]:
-    """The names of the folders in a folder, sorted; none that begins with a dot.
+    """The names of the folders in a folder, sorted; none that begins with a dot, no link that leads back.
 
     Raises:
         DataError: the folder cannot be listed.
     """
-    return sorted(entry.name for entry in _entries(root) if entry.is_dir() and not entry.name.startswith("."))
+    folders = [entry for entry in _entries(root) if entry.is_dir() and not entry.name.startswith(".")]
+    place = os.path.realpath(root)
+    back = sorted(entry.path for entry in folders if entry.is_symlink() and _leads_back(entry, (place,)))
+    _warn_of_links_back(root, back)
+    return sorted(entry.name for entry in folders if entry.path not in back)
 
 
 def holds_images(root: Path) -> bool:
@@ -46,12 +50,7 @@ def images_below(root: Path) -> list[Path]:
     found: list[Path] = []
     back: list[str] = []
     _walk(root, (os.path.realpath(root),), found, back)
-    if back:
-        warnings.warn(
-            f"{len(back)} links in {str(root)!r} lead back to a folder above them and are not followed, for example "
-            f"{back[0]!r}. Remove them.",
-            stacklevel=2,
-        )
+    _warn_of_links_back(root, back)
     return sorted(found)
 
 
@@ -65,12 +64,25 @@ def _walk(folder: Path, real: tuple[str, ...], found: list[Path], back: list[str
                 found.append(folder / entry.name)
         elif not entry.is_symlink():
             _walk(folder / entry.name, (*real[:-1], os.path.join(real[-1], entry.name)), found, back)
+        elif _leads_back(entry, real):
+            back.append(entry.path)
         else:
-            place = os.path.realpath(entry.path)
-            if any(Path(passed).is_relative_to(place) for passed in real):
-                back.append(entry.path)
-            else:
-                _walk(folder / entry.name, (*real, place), found, back)
+            _walk(folder / entry.name, (*real, os.path.realpath(entry.path)), found, back)
+
+
+def _leads_back(entry: os.DirEntry[str], passed: Sequence[str]) -> bool:
+    """Whether a link leads to a folder that was passed on the way to it, or to one above that."""
+    place = os.path.realpath(entry.path)
+    return any(Path(folder).is_relative_to(place) for folder in passed)
+
+
+def _warn_of_links_back(root: Path, back: Sequence[str]) -> None:
+    if back:
+        warnings.warn(
+            f"{len(back)} links in {str(root)!r} lead back to a folder above them and are not followed, for example "
+            f"{back[0]!r}. Remove them.",
+            stacklevel=3,
+        )
 
 
 def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:

@@ -189,8 +189,8 @@ def _pixels(path: Path) -> Tensor:
 
 
 def _holds_images(folder: Path) -> bool:
-    """Whether images lie in the folder itself, or in a folder for high-resolution ones."""
-    return holds_images(folder) or any((folder / name).is_dir() for name in _HIGH)
+    """Whether images lie in the folder itself, or in a folder for high-resolution ones; False where it is none."""
+    return (folder.is_dir() and holds_images(folder)) or any((folder / name).is_dir() for name in _HIGH)
 
 
 def with_partners(high: Path, low: Path | None, scale: int) -> list[Source]:
