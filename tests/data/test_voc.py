@@ -79,7 +79,7 @@ def test_two_images_of_one_name(tmp_path: Path) -> None:
         load(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["photo one", "a[1]", "a*", "v1.2", "album/a", "a 1", "é", "中", "-1"])
+@pytest.mark.parametrize("name", ["photo one", "a[1]", "a*", "v1.2", "album/a", "a 1", "é", "中", "-1", "./c"])
 def test_names_of_any_kind(tmp_path: Path, name: str) -> None:
     write(tmp_path, {name: "red", "a": "white"})
     assert colours(load(tmp_path)) == {1: [1, 0, 0], 2: [1, 1, 1]}
@@ -127,6 +127,7 @@ def test_lists_with_flags(tmp_path: Path) -> None:
     [
         (b"a\na\n", "train.txt' has the name 'a' twice"),
         (b"a\na 1\n", "train.txt' has the name 'a' twice"),
+        (b"a\n./a\n", "train.txt' has the name 'a' twice"),
         (b"../../a\n", r"train.txt' names '../../a.xml', which leads out of"),
         (b"/etc/a\n", r"train.txt' names '/etc/a.xml', which leads out of"),
         (b"none\n", "none.xml' are not there"),

@@ -105,6 +105,7 @@ def _read_list(path: Path, folder: Path) -> dict[str, Path]:
         flagged = re.fullmatch(r"(.+?)\s+(-1|0|1)", line)
         if flagged and not os.path.isfile(xml):
             name, xml = flagged[1], _xml_file(flagged[1], path, folder)
+        name = Path(name).as_posix()  # ./a is a
         if name in found:
             raise DataError(f"The list {str(path)!r} has the name {name!r} twice. Remove one of the lines.")
         found[name] = xml
