@@ -13,8 +13,9 @@ from tests.data.detection_files import CATEGORIES, coco_content, voc_xml, write_
 from torch import Tensor
 
 from glcan.data import DetectionData, available, load, load_detection
-from glcan.data.detection import BoxAugmentation, read_pixels
+from glcan.data.box_augmentation import BoxAugmentation
 from glcan.data.images import generator
+from glcan.data.preprocessing import read_pixels
 from glcan.data.scenes import Scenes
 from glcan.errors import ConfigError, DataError, UnknownName
 
@@ -104,7 +105,8 @@ def test_voc_without_a_size_or_with_a_wrong_file_name(tmp_path: Path) -> None:
     write_voc(tmp_path)
     text = voc_xml("elsewhere", [("dog", (1.0, 1.0, 10.0, 20.0), 0)], size=None)
     (tmp_path / "Annotations/000003.xml").write_text(text)
-    data = load_detection("voc", root=tmp_path)
+    with pytest.warns(UserWarning, match=r"1 annotations .* '000003.xml' of 'elsewhere.jpg'"):
+        data = load_detection("voc", root=tmp_path)
     assert tuple(next(iter(data.loader("train", 2)))[0][0].shape) == (3, 30, 40)
 
 
@@ -141,9 +143,9 @@ def changed(position: int, **values: Any) -> dict[str, Any]:
         (changed(2, image_id=99), "Annotation 301 .* is of image 99, which the file does not list"),
         (changed(2, bbox=[1, 2, 3]), "Annotation 301 .*bbox"),
         (changed(2, bbox=None), "Annotation 301 .*bbox"),
-        (changed(2, bbox=[1, 2, float("nan"), 3]), "Annotation 301 .*not finite"),
-        (changed(2, image_id=[]), "Annotation 301 .*wrong kind"),
-        (coco_content(annotations=[3]), "Annotation 0 .*wrong kind"),
+        (changed(2, bbox=[1, 2, float("nan"), 3]), "Annotation 301 .*no finite number"),
+        (changed(2, image_id=[]), r"Annotation 301 .*image_id is \[\]"),
+        (coco_content(annotations=[3]), "Annotation 0 .*no object with names"),
         (coco_content(annotations=None), "lack the lists annotations"),
         ({"images": 3}, "lack the lists images, annotations, categories"),
         (coco_content(categories=[{"id": 7}]), "An entry of 'categories' .*'name'"),
@@ -202,8 +204,8 @@ def test_a_box_over_the_border_is_cut_for_training_and_kept_for_evaluation(tmp_p
     [
         ("<annotation><object>", r"000001.xml' cannot be read: .*line 1"),
         ("<annotation><size><width>40</width><height>30</height></size><object><name>cat</name></object></annotation>",
-         "Object 1 in .*000001.xml' is not complete: it has no bndbox/xmin"),
-        (voc_xml("000001", [("cat", (1.0, 1.0, float("inf"), 3.0), 0)]), "Object 1 .*not finite"),
+         "Object 1 in .*000001.xml' cannot be used: it has no bndbox/xmin"),
+        (voc_xml("000001", [("cat", (1.0, 1.0, float("inf"), 3.0), 0)]), "Object 1 .*xmax is 'inf'.*no finite"),
         (None, "000001.xml' are not there, though ImageSets/Main lists them"),
     ],
 )  # fmt: skip
@@ -221,7 +223,7 @@ def test_bad_voc_annotations(tmp_path: Path, text: str | None, message: str) -> 
 def test_a_class_that_no_train_image_has(tmp_path: Path) -> None:
     write_voc(tmp_path)
     (tmp_path / "Annotations/000004.xml").write_text(voc_xml("000004", [("cow", (1.0, 1.0, 9.0, 9.0), 0)]))
-    with pytest.raises(DataError, match=r"000004.xml is of class 'cow'.*cat, dog"):
+    with pytest.raises(DataError, match=r"000004.xml' is of class 'cow'.*cat, dog"):
         load_detection("voc", root=tmp_path)
 
 
@@ -425,3 +427,44 @@ def test_boxes_that_leave_the_image_are_left_out() -> None:
     assert (1,) in kept
     empty = BoxAugmentation()(image, torch.zeros(0, 4), generator(1))
     assert (empty[1].shape, empty[2].shape) == ((0, 4), (0,))
+
+
+def test_a_box_of_which_too_little_is_visible_is_left_out() -> None:
+    """The share is computed here by hand, from the four numbers that the augmentation draws."""
+    image = torch.randint(256, (3, 100, 100), dtype=torch.uint8, generator=generator("pixels"))
+    boxes = torch.tensor([[0.0, 0.0, 24.0, 24.0], [70.0, 4.0, 100.0, 90.0], [40.0, 40.0, 60.0, 60.0]])
+    slivers = 0
+    for seed in range(300):
+        draw, again = generator(seed), generator(seed)
+        moved, found, kept = BoxAugmentation(flip=False, scale=(1.25, 1.25))(image, boxes, draw)
+        _, _, down, right = torch.rand(4, generator=again, dtype=torch.float64).tolist()
+        assert torch.equal(draw.get_state(), again.get_state())  # four numbers, however many boxes are left
+        top, left = round(20 * down), round(20 * right)
+        shares = [
+            max(0, min(x2, left + 80) - max(x1, left))
+            * max(0, min(y2, top + 80) - max(y1, top))
+            / (x2 - x1)
+            / (y2 - y1)
+            for x1, y1, x2, y2 in boxes.tolist()
+        ]
+        assert kept.tolist() == [row for row, share in enumerate(shares) if share >= 0.3]
+        slivers += sum(share < 0.3 for share in shares)
+        every, whole, _ = BoxAugmentation(flip=False, scale=(1.25, 1.25), visible=0)(image, boxes, generator(seed))
+        assert torch.equal(moved, every)
+        assert torch.equal(found, whole[kept])
+    assert slivers > 100
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_the_visible_share_is_that_of_the_mirrored_box(flip: bool) -> None:
+    """A window of 80 of 100 columns: of a box of 20 columns at a border at least 30 % is kept, or it is left out."""
+    image = torch.zeros(3, 100, 100, dtype=torch.uint8)
+    boxes = torch.tensor([[0.0, 0.0, 20.0, 100.0]])
+    for seed in range(100):
+        _, found, kept = BoxAugmentation(flip=flip, scale=(1.25, 1.25))(image, boxes, generator(seed))
+        for x1, _, x2, _ in found.tolist():
+            assert (x2 - x1) * 0.8 * 80 >= 0.3 * 20 * 100 - 1e-3
+        mirrored, _, _, right = torch.rand(4, generator=generator(seed), dtype=torch.float64).tolist()
+        left = round(20 * right)
+        columns = left if flip and mirrored < 0.5 else 20 - left
+        assert len(kept) == (columns * 80 >= 0.3 * 20 * 100)

@@ -3,165 +3,30 @@
 As for classification, nothing here reads or advances a global random generator: the order is a pure function of (seed,
 epoch), a sample's augmentation one of (seed, epoch, sample index).
 
-Shapes: B images of a batch, N boxes of one image, I images of a source, M boxes of all of them, H height, W width.
+Shapes: B images of a batch, N boxes of one image, I images of a source, H height, W width.
 Boxes are x1, y1, x2, y2 in pixels; labels count from 1, as torchvision's detectors have it (0 is the background).
 """
 
 from __future__ import annotations
 
-import os
-import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from glcan.data.annotations import Annotations
+from glcan.data.box_augmentation import BoxAugmentation
 from glcan.data.images import check_loading, derive_seed, generator, split_batches
-from glcan.data.preprocessing import _converted, _reason
+from glcan.data.preprocessing import read_pixels
 from glcan.errors import ConfigError, DataError, UnknownName
 
-__all__ = ["Annotations", "BoxAugmentation", "DetectionData", "DetectionLoader", "FileDetection"]
+__all__ = ["BoxAugmentation", "DetectionData", "DetectionLoader", "read_pixels"]
 
 Target = dict[str, Tensor]
 DetectionBatch = tuple[list[Tensor], list[Target]]
-_SHOWN = 3  # faulty boxes that a warning describes
-
-
-@dataclass(frozen=True)
-class Annotations:
-    """The annotations of I images with M boxes together, those of one image side by side.
-
-    Attributes:
-        image_ids: of the images, as the files have them.
-        sizes: int64 [I, 2], height and width.
-        first: int64 [I + 1]; the boxes of image i are those from first[i] to before first[i + 1].
-        boxes: float64 [M, 4], as annotated: they may reach over the image's border.
-        labels: int64 [M], from 1.
-        areas: float64 [M], of the objects (not always those of the boxes), in square pixels.
-        crowd: bool [M]; such boxes are not learned, and predictions inside them count for nothing.
-    """
-
-    image_ids: list[int]
-    sizes: Tensor
-    first: Tensor
-    boxes: Tensor
-    labels: Tensor
-    areas: Tensor
-    crowd: Tensor
-
-    def __len__(self) -> int:
-        return len(self.image_ids)
-
-    def of(self, index: int) -> slice:
-        """Where the boxes of an image lie."""
-        return slice(int(self.first[index]), int(self.first[index + 1]))
-
-    def learnable(self) -> Tensor:
-        """How many boxes of each image are to be learned, int64 [I]."""
-        sums = torch.cat([torch.zeros(1, dtype=torch.int64), (~self.crowd).cumsum(0)])
-        return sums[self.first[1:]] - sums[self.first[:-1]]
-
-
-@dataclass
-class AnnotationBuilder:
-    """Collects annotations image by image, and what was wrong with boxes.
-
-    Args:
-        origin: the annotation file or folder, for messages.
-    """
-
-    origin: str
-    image_ids: list[int] = field(default_factory=list)
-    sizes: list[tuple[int, int]] = field(default_factory=list)
-    rows: list[tuple[float, ...]] = field(default_factory=list)  # x1, y1, x2, y2, label, area, crowd
-    first: list[int] = field(default_factory=lambda: [0])
-    faults: list[str] = field(default_factory=list)
-
-    def add(
-        self,
-        image_id: int,
-        size: tuple[int, int],
-        boxes: Iterable[tuple[str, Sequence[float], int, float | None, bool]],
-    ) -> None:
-        """Adds an image of (height, width) with its boxes: what to call it, corners, label, area or None, crowd."""
-        height, width = size
-        for what, (x1, y1, x2, y2), label, area, crowd in boxes:
-            if not (x2 > x1 and y2 > y1):
-                self.faults.append(f"{what} has no area ({x2 - x1:g} x {y2 - y1:g} pixels)")
-            elif x1 >= width or y1 >= height or x2 <= 0 or y2 <= 0:
-                self.faults.append(f"{what} lies outside its image of {width} x {height} pixels")
-            else:
-                area = (x2 - x1) * (y2 - y1) if area is None else area
-                self.rows.append((x1, y1, x2, y2, label, area, crowd))
-        self.image_ids.append(image_id)
-        self.sizes.append(size)
-        self.first.append(len(self.rows))
-
-    def build(self) -> Annotations:
-        """The annotations; one warning for all boxes that were left out."""
-        if self.faults:
-            shown = "; ".join(self.faults[:_SHOWN]) + ("; ..." if len(self.faults) > _SHOWN else "")
-            warnings.warn(
-                f"{len(self.faults)} boxes in {self.origin!r} are left out: {shown}. Correct or remove them.",
-                stacklevel=2,
-            )
-        rows = torch.tensor(self.rows, dtype=torch.float64).reshape(-1, 7)
-        return Annotations(
-            image_ids=self.image_ids,
-            sizes=torch.tensor(self.sizes, dtype=torch.int64).reshape(-1, 2),
-            first=torch.tensor(self.first, dtype=torch.int64),
-            boxes=rows[:, :4].contiguous(),
-            labels=rows[:, 4].to(torch.int64),
-            areas=rows[:, 5].contiguous(),
-            crowd=rows[:, 6].bool(),
-        )
-
-
-@dataclass(frozen=True)
-class BoxAugmentation:
-    """A mirror, and a change of scale: a window of the image (or around it, black outside) becomes the new image.
-
-    The image keeps its size, because detectors resize every image to one size themselves.
-
-    Attributes:
-        flip: mirror left-right with probability 1/2.
-        scale: limits of the factor, drawn uniformly in its logarithm; (1, 1): none.
-        visible: a box of which the window holds less than this share of the area is left out.
-    """
-
-    flip: bool = True
-    scale: tuple[float, float] = (0.8, 1.25)
-    visible: float = 0.3
-
-    def __call__(self, image: Tensor, boxes: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Maps an image [3, H, W] and boxes [N, 4] to the same, with the rows of the boxes kept, int64 [n]."""
-        from torchvision import tv_tensors
-        from torchvision.transforms.v2 import functional as F
-
-        height, width = image.shape[-2:]
-        mirrored, zoom, down, right = torch.rand(4, generator=draw, dtype=torch.float64).tolist()
-        where: Any = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(height, width))  # type: ignore[call-arg]
-        if self.flip and mirrored < 0.5:
-            image, where = F.horizontal_flip(image), F.horizontal_flip(where)
-        low, high = self.scale
-        factor = low * (high / low) ** zoom
-        window = max(1, round(height / factor)), max(1, round(width / factor))
-        if window != (height, width):
-            top, left = round((height - window[0]) * down), round((width - window[1]) * right)
-            image = F.resized_crop(image, top, left, *window, [height, width], antialias=True)
-            where = F.resized_crop(where, top, left, *window, [height, width])
-        whole = where.as_subclass(Tensor)
-        inside = F.clamp_bounding_boxes(where).as_subclass(Tensor)
-        sides = inside[:, 2:] - inside[:, :2]
-        share = sides.prod(1) / (whole[:, 2:] - whole[:, :2]).prod(1)
-        kept = ((share >= self.visible) & (sides >= 1).all(1)).nonzero()[:, 0]
-        return image, inside[kept], kept
 
 
 class DetectionLoader:
@@ -196,7 +61,7 @@ class DetectionData(ABC):
         shape: (3, image_size, image_size); images may differ in size, the model resizes them.
 
     Raises:
-        DataError: no images in a source, or no boxes to learn.
+        DataError: no images in a source, or a split without boxes of single objects.
         ConfigError: `val` or `limit` out of range.
     """
 
@@ -224,6 +89,19 @@ class DetectionData(ABC):
         train = self._annotations["train"]
         self._splits = {source: (source, torch.arange(len(values))) for source, values in annotations.items()}
         self._splits |= self._divided(train.learnable() > 0, val, limit)
+        self._check_objects()
+
+    def _check_objects(self) -> None:
+        """Refuses splits without an object now: measuring them would end the training after its last epoch."""
+        for split, (source, indices) in self._splits.items():
+            if not bool((self._annotations[source].learnable()[indices] > 0).any()):
+                remedy = (
+                    "Choose another val or another seed" if split == "val" else "Give annotations of single objects"
+                )
+                raise DataError(
+                    f"None of the {len(indices)} {split} images of {self.name!r} has a box of a single object (crowds "
+                    f"do not count), so that no mAP can be computed. {remedy}."
+                )
 
     def _divided(self, useful: Tensor, val: int | float, limit: int | None) -> dict[str, tuple[str, Tensor]]:
         number = len(useful)
@@ -385,123 +263,6 @@ class DetectionData(ABC):
     @abstractmethod
     def _pixels(self, source: str, index: int) -> Tensor:
         """The image uint8 [3, H, W] at `index` of "train" or "test", of the size in its annotations."""
-
-
-class FileDetection(DetectionData):
-    """A detection data set in image files.
-
-    Args:
-        files: paths of the images of the sources "train" and "test", in the order of the annotations.
-        skip_corrupt: go on without images that cannot be read, with one warning.
-        verify: read every file once beforehand.
-        For the others see `DetectionData`.
-
-    Raises:
-        DataError: an image file is missing, cannot be read, or is not of the size that the annotations say.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        classes: Sequence[str],
-        annotations: Mapping[str, Annotations],
-        files: Mapping[str, Sequence[str]],
-        *,
-        skip_corrupt: bool = False,
-        verify: bool = True,
-        **common: Any,
-    ) -> None:
-        self._files = {source: list(paths) for source, paths in files.items()}
-        super().__init__(name, classes, annotations, **common)
-        self._check_files(skip_corrupt, verify)
-
-    def _check_files(self, skip_corrupt: bool, verify: bool) -> None:
-        """Looks for every file of the splits, reads them if asked; drops the bad ones, or raises on the first."""
-        from glcan.data.folders import _faults
-
-        used = [
-            (split, index, self._files[source][index], tuple(self._annotations[source].sizes[index].tolist()))
-            for split, (source, indices) in self._splits.items()
-            for index in indices.tolist()
-        ]
-        paths = [path for _, _, path, _ in used]
-        reasons: Iterable[str | None] = _faults(paths) if verify else (_missing(path) for path in paths)
-        bad: list[tuple[str, int, str]] = []
-        for (split, index, path, size), found in zip(used, reasons, strict=True):
-            reason = found or (_wrong_size(path, size) if verify else None)
-            if reason is None:
-                continue
-            if not skip_corrupt:
-                raise DataError(
-                    f"The image {path!r} of {self.name!r} cannot be used: {reason}. Get it again, or go on without "
-                    "such images with skip_corrupt=True (--skip-corrupt)."
-                )
-            bad.append((split, index, path))
-        if not bad:
-            return
-        for split, (source, indices) in self._splits.items():
-            dropped = torch.tensor([index for of, index, _ in bad if of == split], dtype=torch.int64)
-            self._splits[split] = (source, indices[~torch.isin(indices, dropped)])
-            if not self.size(split):
-                raise DataError(
-                    f"No {split} image of {self.name!r} can be used ({len(dropped)} are missing or corrupt), for "
-                    f"example {bad[0][2]!r}. Get the images again, or correct --data-root."
-                )
-        warnings.warn(
-            f"{len(bad)} of {len(used)} images of {self.name!r} cannot be used and are left out: "
-            f"{', '.join(path for _, _, path in bad[:5])}{', ...' if len(bad) > 5 else ''}",
-            stacklevel=3,
-        )
-
-    def _pixels(self, source: str, index: int) -> Tensor:
-        height, width = self._annotations[source].sizes[index].tolist()
-        return read_pixels(self._files[source][index], (height, width))
-
-
-def read_pixels(path: str | Path, size: tuple[int, int] | None = None) -> Tensor:
-    """An image file as uint8 [3, H, W]: grey, palette, RGBA (alpha dropped), CMYK and 16-bit images become RGB.
-
-    Args:
-        path: an image file.
-        size: (H, W) of its annotations: boxes may be given for the pixels as stored, or as the EXIF orientation turns
-            them. By default turned.
-
-    Raises:
-        DataError: the file is missing, no image, truncated, or of another size.
-    """
-    from PIL import ImageOps
-    from torchvision.transforms.v2 import functional as F
-
-    try:
-        with Image.open(path) as image:
-            if size is None or image.size[::-1] != size:
-                ImageOps.exif_transpose(image, in_place=True)
-            pixels = F.pil_to_tensor(_converted(image, "RGB"))
-    except Exception as error:  # Pillow's readers raise nearly anything on damaged files
-        raise DataError(f"The image {str(path)!r} cannot be read: {_reason(error)}.") from error
-    if size is not None and tuple(pixels.shape[1:]) != size:
-        raise DataError(f"The image {str(path)!r} cannot be used: {_sizes_differ(tuple(pixels.shape[1:]), size)}.")
-    return pixels
-
-
-def _sizes_differ(found: tuple[int, ...], noted: tuple[int, ...]) -> str:
-    return (
-        f"it has {found[1]} x {found[0]} pixels, but its annotations say {noted[1]} x {noted[0]}: its boxes would be "
-        "misplaced"
-    )
-
-
-def _wrong_size(path: str, noted: tuple[int, ...]) -> str | None:
-    with Image.open(path) as image:
-        stored = image.size[::-1]
-        turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # the orientations that swap the sides
-    if noted == stored or (turned and noted == stored[::-1]):
-        return None
-    return _sizes_differ(stored, noted)
-
-
-def _missing(path: str) -> str | None:
-    return None if os.path.isfile(path) else "there is no such file"
 
 
 class _Samples(Dataset[tuple[Tensor, Target] | DataError]):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from glcan.data.files import EXTENSIONS, folders_in, images_below, printable, warn_of_files_in_two_places
 from glcan.data.images import Batch, ImageData, derive_seed, generator
 from glcan.data.preprocessing import Preprocessing, fault, open_image
 from glcan.errors import DataError
@@ -45,7 +46,7 @@ class FolderImages(ImageData):
 
     Raises:
         DataError: no such folder, no images, a single class, a class without images, a class of the test folder that
-            the train folder lacks, a file that cannot be read.
+            the train folder lacks, a name of a class that is not in UTF-8, a file or folder that cannot be read.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class FolderImages(ImageData):
         super().__init__("imagefolder", classes, preprocessing, labels, seed=seed, val=val, limit=limit)
         if verify:
             self._verify(root, skip_corrupt)
+            self._warn_of_links()
 
     def _verify(self, root: Path, skip_corrupt: bool) -> None:
         """Reads every file of the splits; drops the corrupt ones from their splits, or raises on the first."""
@@ -97,12 +99,21 @@ class FolderImages(ImageData):
                     f"The {split} split of {str(root)!r} needs images of two classes at least, and after leaving out "
                     f"{len(bad)} corrupt files they are not there. Replace the files, for example {corrupt[0][2]!r}."
                 )
-        first = ", ".join(path for _, _, path in corrupt[:5])
+        first = ", ".join(repr(path) for _, _, path in corrupt[:5])
         warnings.warn(
             f"{len(corrupt)} of {len(used)} image files cannot be read and are left out: {first}"
             f"{', ...' if len(corrupt) > 5 else ''}",
             stacklevel=2,
         )
+
+    def _warn_of_links(self) -> None:
+        """Says once that links put a file into two splits or two classes."""
+        parts = [
+            (path, f"{split} as {self.classes[label]!r}")
+            for split, (source, indices) in self._splits.items()
+            for path, label in (self._files[source][index] for index in indices.tolist())
+        ]
+        warn_of_files_in_two_places(parts, repr(self.name))
 
     def _produce(
         self, source: str, batches: Sequence[Tensor], *, epoch: int, augment: bool, workers: int, device: torch.device
@@ -179,13 +190,19 @@ def _find(root: Path, *, with_val: bool) -> tuple[list[str], dict[str, list[tupl
     if not root.is_dir():
         raise DataError(f"The image folder {str(root)!r} does not exist. Give the folder that holds {_LAYOUTS}.")
     train = root / "train" if (root / "train").is_dir() else root
-    classes = _folders(train)
+    classes = folders_in(train)
     if train == root and {"val", "test"} & set(classes):
         raise DataError(f"The image folder {str(root)!r} has a folder 'val' or 'test' but none 'train' beside it.")
     if not classes:
         raise DataError(
             f"The image folder {str(train)!r} is empty: it has no folders of classes. Expected: {_LAYOUTS}."
         )
+    for name in classes:
+        if not printable(name):
+            raise DataError(
+                f"The name of the class folder {name!r} in {str(train)!r} is not in UTF-8 (what it cannot show begins "
+                "with \\udc). It is written to reports and models: rename the folder."
+            )
     if len(classes) < 2:
         raise DataError(
             f"The image folder {str(train)!r} has one class only, {classes[0]!r}; classification needs two at least. "
@@ -206,29 +223,24 @@ def _find(root: Path, *, with_val: bool) -> tuple[list[str], dict[str, list[tupl
     return classes, sources
 
 
-def _folders(root: Path) -> list[str]:
-    return sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
-
-
 def _files(root: Path, classes: Sequence[str]) -> list[tuple[str, int]]:
     """The image files below the folders of the classes, sorted, with their labels."""
-    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
-
-    present = _folders(root)
+    present = folders_in(root)
     unknown = [name for name in present if name not in classes]
     if unknown:
         raise DataError(
             f"The folder {str(root / unknown[0])!r} is of a class that the train folder lacks ({len(unknown)} such). "
             f"The classes are: {', '.join(classes[:20])}{', ...' if len(classes) > 20 else ''}."
         )
-    to_label = {name: label for label, name in enumerate(classes) if name in present}
-    files: list[tuple[str, int]] = (
-        make_dataset(str(root), to_label, extensions=IMG_EXTENSIONS, allow_empty=True) if to_label else []
-    )
+    files: list[tuple[str, int]] = []
+    for label, name in enumerate(classes):
+        if name in present:
+            found = ((os.path.dirname(path), os.path.basename(path)) for path in images_below(root / name))
+            files += [(os.path.join(*path), label) for path in sorted(found)]  # folder by folder, as torchvision's
     if not files:
         raise DataError(
             f"The image folder {str(root)!r} is empty: its classes hold no files that end in "
-            f"{', '.join(IMG_EXTENSIONS)}. Expected: {_LAYOUTS}."
+            f"{', '.join(EXTENSIONS)}. Expected: {_LAYOUTS}."
         )
     return files
 
@@ -245,7 +257,7 @@ def _divided(root: Path, classes: Sequence[str], files: Sequence[tuple[str, int]
                 f"The class {classes[label]!r} in {str(root)!r} has one image only; one to train and one to test on "
                 f"are needed. Add images, or give a test folder of its own: {_LAYOUTS}."
             )
-        paths.sort(key=lambda path: hashlib.blake2b(os.path.relpath(path, root).encode()).digest())
+        paths.sort(key=lambda path: hashlib.blake2b(os.fsencode(os.path.relpath(path, root))).digest())
         test.update(paths[: max(1, round(TEST_FRACTION * len(paths)))])
     return {
         "train": [file for file in files if file[0] not in test],

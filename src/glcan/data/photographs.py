@@ -18,12 +18,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from glcan.data.files import EXTENSIONS, holds_images, images_below, warn_of_files_in_two_places
 from glcan.data.preprocessing import open_image
 from glcan.data.sets import cache
 from glcan.data.super_resolution import Pair, warn_of_cropping
 from glcan.errors import DataError
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 TEST_FRACTION = 0.2  # of a folder that comes without a test folder
 IN_MEMORY_BYTES = 4 * 2**30  # more decoded pixels than that go to a file that is mapped into memory
 _PROGRESS_FROM = 100  # files: below, reading them takes no time worth a progress bar
@@ -86,9 +86,11 @@ def read_sources(
     """Decodes all files, each once, on several threads; `tell` warns of images that are cropped.
 
     Raises:
-        DataError: a file that cannot be read (without `skip_corrupt`), or sizes that do not match.
+        DataError: a file that cannot be read (with `skip_corrupt`: no file of a split can), or sizes that do not match.
     """
     files = [source for group in sources.values() for source in group]
+    parts = [(str(source.high), split) for split, group in sources.items() for source in group]
+    warn_of_files_in_two_places(parts, "the photographs")
     store = _Store(files)
     read: dict[Source, Pair | str] = {}
     sizes: list[tuple[str, tuple[int, int]]] = []
@@ -108,8 +110,12 @@ def read_sources(
         )
     if tell:
         warn_of_cropping(sizes, scale)
-    kept = {split: [read[source] for source in group] for split, group in sources.items()}
-    return {split: [pair for pair in group if isinstance(pair, Pair)] for split, group in kept.items()}
+    kept: dict[str, list[Pair]] = {}
+    for split, group in sources.items():
+        kept[split] = [pair for pair in (read[source] for source in group) if isinstance(pair, Pair)]
+        if group and not kept[split]:
+            raise DataError(f"None of the {len(group)} {split} images can be read. The first: {read[group[0]]}")
+    return kept
 
 
 class _Store:
@@ -182,40 +188,36 @@ def _pixels(path: Path) -> Tensor:
 # ---------------------------------------------------------------- files and their partners
 
 
-def images_in(folder: Path) -> list[Path]:
-    """The image files in a folder and the folders below it, sorted; nothing whose name begins with a dot."""
-    found = []
-    for place, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [Path(place, name) for name in files if name.lower().endswith(EXTENSIONS) and name[0] != "."]
-    return sorted(found)
-
-
 def _holds_images(folder: Path) -> bool:
-    """Whether images lie in the folder itself, or in a folder for high-resolution ones."""
-    direct = (entry for entry in os.scandir(folder) if entry.name.lower().endswith(EXTENSIONS))
-    return next(direct, None) is not None or any((folder / name).is_dir() for name in _HIGH)
+    """Whether images lie in the folder itself, or in a folder for high-resolution ones; False where it is none."""
+    return (folder.is_dir() and holds_images(folder)) or any((folder / name).is_dir() for name in _HIGH)
 
 
 def with_partners(high: Path, low: Path | None, scale: int) -> list[Source]:
     """The images in `high` with those in `low`: NAME.png with NAMEx2.png (DIV2K's way) or NAME.png.
 
     Raises:
-        DataError: an image of one folder has no partner in the other.
+        DataError: an image of one folder has no partner in the other, or more than one.
     """
     if low is None:
-        return [Source(path, None) for path in images_in(high)]
-    partners = {path.relative_to(low).with_name(path.stem.removesuffix(f"x{scale}")): path for path in images_in(low)}
+        return [Source(path, None) for path in images_below(high)]
+    named, partners = _by_name(high), _by_name(low)
     sources = []
-    for path in images_in(high):
-        stem = path.relative_to(high).with_suffix("")
-        if stem not in partners:
+    for name, path in named.items():
+        both = name.with_name(f"{name.name}x{scale}"), name
+        found = [partners.pop(partner) for partner in both if partner in partners]
+        if not found:
             raise DataError(
                 f"The high-resolution image {str(path)!r} has no low-resolution partner in {str(low)!r}: neither "
                 f"{path.stem}x{scale}.png nor {path.stem}.png. Add it, or remove that folder: "
                 "low-resolution images are then made."
             )
-        sources.append(Source(path, partners.pop(stem)))
+        if len(found) > 1:
+            raise DataError(
+                f"The high-resolution image {str(path)!r} has two low-resolution partners, {str(found[0])!r} and "
+                f"{str(found[1])!r}. Remove one, or name all of them in one way."
+            )
+        sources.append(Source(path, found[0]))
     if partners:
         lonely = next(iter(partners.values()))
         raise DataError(
@@ -225,11 +227,28 @@ def with_partners(high: Path, low: Path | None, scale: int) -> list[Source]:
     return sources
 
 
+def _by_name(folder: Path) -> dict[Path, Path]:
+    """The images below a folder by their names relative to it, without the ending.
+
+    Raises:
+        DataError: two images differ in the ending alone.
+    """
+    found: dict[Path, Path] = {}
+    for path in images_below(folder):
+        first = found.setdefault(path.relative_to(folder).with_suffix(""), path)
+        if first != path:
+            raise DataError(
+                f"The images {str(first)!r} and {str(path)!r} differ in the ending of their names alone, so that "
+                "partners cannot be told by name. Rename or remove one."
+            )
+    return found
+
+
 def _in_folder(folder: Path, scale: int) -> list[Source]:
     """The photographs of one folder: HR/ beside LR_bicubic/X2 (benchmarks' layout), or images alone."""
     high = next((folder / name for name in _HIGH if (folder / name).is_dir()), None)
     if high is None:
-        return [Source(path, None) for path in images_in(folder)]
+        return [Source(path, None) for path in images_below(folder)]
     places = (folder / name.format(scale=scale) for name in _LOW)
     return with_partners(high, next((place for place in places if place.is_dir()), None), scale)
 
@@ -255,7 +274,7 @@ def _photo_folder(folder: Path, scale: int) -> Sources:
             f"The folder {str(folder)!r} holds one image; one to train and one to test on are needed. Add images, or "
             "evaluate on it as the data set 'benchmark'."
         )
-    order = sorted(sources, key=lambda s: hashlib.blake2b(s.high.relative_to(folder).as_posix().encode()).digest())
+    order = sorted(sources, key=lambda s: hashlib.blake2b(os.fsencode(s.high.relative_to(folder).as_posix())).digest())
     test = set(order[: max(1, round(TEST_FRACTION * len(sources)))])
     return {"train": [s for s in sources if s not in test], "test": [s for s in sources if s in test]}
 
@@ -370,4 +389,4 @@ PHOTOGRAPHS: dict[str, PhotographSet] = {
     "manga109": _benchmark_set("Manga109 (to test on)", 109, "Manga109", "manga109"),
 }
 
-__all__ = ["PHOTOGRAPHS", "PhotographSet", "Source", "read_photographs", "read_sources"]
+__all__ = ["EXTENSIONS", "PHOTOGRAPHS", "PhotographSet", "Source", "read_photographs", "read_sources"]

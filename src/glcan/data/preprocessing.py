@@ -91,6 +91,39 @@ def open_image(path: str | Path, channels: int | None) -> Image.Image:
         raise DataError(f"The image {str(path)!r} cannot be read: {_reason(error)}.") from error
 
 
+def read_pixels(path: str | Path, size: tuple[int, int] | None = None) -> Tensor:
+    """An image file as uint8 [3, H, W]: grey, palette, RGBA (alpha dropped), CMYK and 16-bit images become RGB.
+
+    Args:
+        path: an image file.
+        size: (H, W) of its annotations: boxes may be given for the pixels as stored, or as the EXIF orientation turns
+            them. By default turned.
+
+    Raises:
+        DataError: the file is missing, no image, truncated, or of another size.
+    """
+    from torchvision.transforms.v2 import functional as F
+
+    try:
+        with Image.open(path) as image:
+            if size is None or image.size[::-1] != size:
+                ImageOps.exif_transpose(image, in_place=True)
+            pixels = F.pil_to_tensor(_converted(image, "RGB"))
+    except Exception as error:  # Pillow's readers raise nearly anything on damaged files
+        raise DataError(f"The image {str(path)!r} cannot be read: {_reason(error)}.") from error
+    if size is not None and tuple(pixels.shape[1:]) != size:
+        raise DataError(f"The image {str(path)!r} cannot be used: {sizes_differ(tuple(pixels.shape[1:]), size)}.")
+    return pixels
+
+
+def sizes_differ(found: tuple[int, ...], noted: tuple[int, ...]) -> str:
+    """Why an image of one (H, W) is not to be used with annotations for another."""
+    return (
+        f"it has {found[1]} x {found[0]} pixels, but its annotations say {noted[1]} x {noted[0]}: its boxes would be "
+        "misplaced"
+    )
+
+
 def fault(path: str | Path) -> str | None:
     """What is wrong with an image file, None if nothing: reads all of it, decodes JPEG at reduced size for speed."""
     try:

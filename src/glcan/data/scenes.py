@@ -25,7 +25,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from glcan.data.detection import Annotations, DetectionData
+from glcan.data.annotations import Annotations
+from glcan.data.detection import DetectionData
 from glcan.data.images import derive_seed
 from glcan.data.sets import SETS, read_set
 from glcan.errors import ConfigError, DataError
