@@ -13,8 +13,8 @@ STAMP := $(VENV)/.installed
 
 help:
 	@echo "make demo        compare end-to-end, checkpointing and GLCAN on the embedded digits (minutes, no network)"
-	@echo "make test        lint, types and the quick tests"
-	@echo "make lint        lint and types alone"
+	@echo "make test        lint, types, contracts and the quick tests"
+	@echo "make lint        lint, types, import contracts, sizes of files and README alone"
 	@echo "make format      let ruff rewrite what it can"
 	@echo "make check-slow  the slow tests"
 	@echo "make bench       the benchmarks, into benchmarks/results"
@@ -38,6 +38,9 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python tools/check_sizes.py
+	$(BIN)/python tools/check_readme.py
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
-import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -16,18 +15,17 @@ from torch.optim.optimizer import Optimizer
 
 from glcan import strategies, tasks
 from glcan.cost.cuts import Plan
-from glcan.errors import CheckpointError, ConfigError
+from glcan.errors import ConfigError
 from glcan.inspect.profile import Profile
 from glcan.inspect.record import profile as take_profile
-from glcan.state import check_module_state, check_optimizer_state, shortened
+from glcan.state import check_identity, check_module_state, check_optimizer_state
 from glcan.strategies.accumulate import Accumulated, first_part
 from glcan.strategies.base import Pass, Phase, Setting, Wanted, no_autocast
 from glcan.strategies.cuda_graph import Recorded
 from glcan.strategies.method import Method, parse_method
+from glcan.updates import OptimizerFactory, Updates
 
 __all__ = ["Learner", "OptimizerFactory", "Planned"]
-
-OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
 
 
 class Planned(Protocol):
@@ -116,7 +114,9 @@ class Learner:
         if plan is not None:
             if options or cuts is not None or recompute:
                 raise ConfigError("Give either plan=... or options, cuts and recompute, not both: a plan has these.")
-            method, options, cuts, recompute = plan.method, plan.options, plan.plan.cuts, plan.plan.recompute
+            method, options = plan.method, plan.options
+            if strategies.family_of(parse_method(method).base) == "local":  # others have one plan only
+                cuts, recompute = plan.plan.cuts, plan.plan.recompute
         self.method = parse_method(method)
         if self.method.phased:
             raise ConfigError(
@@ -132,8 +132,7 @@ class Learner:
         again = recompute if isinstance(recompute, bool) else tuple(recompute)
         self._wanted = Wanted(None if cuts is None else tuple(cuts), again)
         self._watchers: list[Callable[[str], None]] = []
-        self.optimizers: Sequence[Optimizer] = []
-        self._by_group: dict[int, Optimizer] = {}
+        self._updates = Updates([], None, None, {})
         self._profile = profile
         self._bind()
 
@@ -152,25 +151,24 @@ class Learner:
                     assume=self.task.assumes,
                     few=self.task.arguments(few),
                 )
-        looked_at = min(profile.batch, len(part[0]))
         wanted = self._wanted if strategy.family == "local" or self._wanted.recompute or self._wanted.cuts else Wanted()
         profile = strategy.prepared(self.model, self.task, profile, wanted)
-        self.task.prepare(profile.output, self.task.part(part, 0, looked_at))
+        images = len(part[0])
+        looked_at = min(profile.batch, images)
+        whole = profile if looked_at == images else profile.scaled(images)
+        self.task.prepare(whole.output, part)
         setting = Setting(
             self.model, self.task, self.task.part(part, 0, looked_at), profile, self.autocast, self._leak_check
         )
         bound: Pass = strategy.bind(setting, strategy.plan(setting, wanted))
-        if profile.batch < len(part[0]):
-            setting.profile = profile.scaled(len(part[0]))
-            bound.plan = bound.plan.scaled(profile.batch, len(part[0]))
-        self.strategy, self.profile = strategy, setting.profile
+        bound.plan = bound.plan.scaled(looked_at, images)
+        self.strategy, self.profile = strategy, whole
         if self.method.accumulate > 1:
             bound = Accumulated(bound, self.task, self.method.accumulate, len(self._sample[0]))
         if self._cuda_graph:
             bound = Recorded(bound, self.model, self.task)
         self._pass, self._reached = bound, False
-        if self._factory is not None:
-            self._make_optimizers(self._factory)
+        self._updates = Updates(bound.groups, self._factory, self.clip_norm, self._updates.state())
 
     @property
     def auxiliary(self) -> nn.ModuleDict:
@@ -187,27 +185,14 @@ class Learner:
         """The groups of parameters."""
         return self._pass.groups
 
-    def _make_optimizers(self, factory: OptimizerFactory) -> None:
-        state = {p: s for optimizer in self.optimizers for p, s in optimizer.state.items()}
-        optimizers: list[Optimizer] = []
-        self._by_group = {}
-        for i, group in enumerate(self.groups):
-            if not group.parameters:
-                continue
-            optimizer = factory(list(group.parameters))
-            if not isinstance(optimizer, Optimizer):
-                raise ConfigError(
-                    f"optimizer(parameters) gave {type(optimizer).__name__}; it must return a torch.optim.Optimizer, "
-                    "as functools.partial(torch.optim.SGD, lr=0.1) does."
-                )
-            optimizer.state.update({p: state[p] for p in group.parameters if p in state})
-            optimizers.append(optimizer)
-            self._by_group[i] = optimizer
-        self.optimizers = optimizers
+    @property
+    def optimizers(self) -> Sequence[Optimizer]:
+        """One for each group that has parameters."""
+        return self._updates.optimizers
 
     def optimizer_of(self, group: int) -> Optimizer | None:
         """The optimizer of a group, by its index; None if it has no parameters."""
-        return self._by_group.get(group)
+        return self._updates.of(group)
 
     # -- training ------------------------------------------------------------------------------------------------
 
@@ -245,7 +230,7 @@ class Learner:
             if not self._reached:
                 unreached.extend(p for p in self.groups[index].parameters if p.grad is None)
             if update:
-                self._update(index)
+                self._updates.make(index, self._pass.phase.frozen)
             for watch in self._watchers:
                 watch(self.groups[index].name)
 
@@ -256,35 +241,8 @@ class Learner:
         losses = bound.run(batch, backward, done)
         if not self._reached:
             self._reached = True
-            self._say_unreached(unreached)
+            _say_unreached(self.model, self.auxiliary, unreached)
         return losses
-
-    def _say_unreached(self, parameters: Sequence[nn.Parameter]) -> None:
-        """A warning that names the parameters that no loss trains."""
-        missing = {id(p) for p in parameters}
-        names = [
-            name
-            for name, p in itertools.chain(self.model.named_parameters(), self.auxiliary.named_parameters("auxiliary"))
-            if id(p) in missing
-        ]
-        if names:
-            shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-            warnings.warn(
-                f"No loss reaches {len(names)} parameters, which are not trained: {shown}. A head whose output the "
-                f"task's loss does not read, or that local learning leaves out, is such a case; freeze them "
-                "(requires_grad_(False)) if that is meant, or give a task whose loss reads them.",
-                stacklevel=4,
-            )
-
-    def _update(self, index: int) -> None:
-        optimizer = self._by_group.get(index)
-        if optimizer is None:
-            return
-        if self.clip_norm is not None:
-            learning = len(self._by_group) - self._pass.phase.frozen
-            nn.utils.clip_grad_norm_(self.groups[index].parameters, self.clip_norm / math.sqrt(max(1, learning)))
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
 
     @contextlib.contextmanager
     def watched(self, watch: Callable[[str], None]) -> Iterator[None]:
@@ -334,7 +292,9 @@ class Learner:
         """Sets eval mode."""
         return self.train(False)
 
-    def _identity(self) -> dict[str, Any]:
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What another learner must agree in to take this one's state."""
         config = getattr(getattr(self.strategy, "rule", self.strategy), "config", None)
         return {
             "method": self.method.core,
@@ -347,7 +307,7 @@ class Learner:
     def state_dict(self) -> dict[str, Any]:
         """Everything that exact resumption needs, except the random generators: tensors and plain values only."""
         return {
-            "identity": self._identity(),
+            "identity": self.identity,
             "model": self.model.state_dict(),
             "auxiliary": self.auxiliary.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
@@ -360,15 +320,7 @@ class Learner:
         Raises:
             CheckpointError: it is of another model, method or plan, or is incomplete.
         """
-        missing = {"identity", "model", "auxiliary", "optimizers", "pass"} - set(state)
-        if missing:
-            raise CheckpointError(f"This is no learner's state: {', '.join(sorted(missing))} missing.")
-        for key, value in self._identity().items():
-            if state["identity"].get(key) != value:
-                raise CheckpointError(
-                    f"The checkpoint was made with {key}={shortened(state['identity'].get(key))}, but this learner has "
-                    f"{key}={shortened(value)}. Build the learner as the checkpoint's was, or start a new run."
-                )
+        check_identity(self.identity, state)
         check_module_state("model", self.model, state["model"])
         check_module_state("auxiliary", self.auxiliary, state["auxiliary"])
         check_optimizer_state(self.optimizers, state["optimizers"])
@@ -380,10 +332,22 @@ class Learner:
 
     def describe(self) -> str:
         """What a step does, in a few words."""
-        if found := self._pass.describe():
-            return found
-        added = sum(p.numel() for p in self.auxiliary.parameters())
-        return f"{added:,} auxiliary parameters" if added else "no auxiliary networks"
+        return self._pass.describe() or "back-propagation, no auxiliary networks"
 
     def __repr__(self) -> str:
         return f"{self.method} ({self.strategy.family}) of {type(self.model).__name__}: {self.describe()}\n{self.plan}"
+
+
+def _say_unreached(model: nn.Module, auxiliary: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
+    """A warning that names the parameters that no loss trains."""
+    missing = {id(p) for p in parameters}
+    known = itertools.chain(model.named_parameters(), auxiliary.named_parameters("auxiliary"))
+    names = [name for name, p in known if id(p) in missing]
+    if names:
+        shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        warnings.warn(
+            f"No loss reaches {len(names)} parameters, which are not trained: {shown}. A head whose output the task's "
+            "loss does not read, or that local learning leaves out, is such a case; freeze them "
+            "(requires_grad_(False)) if that is meant, or give a task whose loss reads them.",
+            stacklevel=4,
+        )

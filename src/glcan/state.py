@@ -10,7 +10,24 @@ from torch.optim.optimizer import Optimizer
 
 from glcan.errors import CheckpointError
 
-__all__ = ["check_module_state", "check_optimizer_state", "shortened"]
+__all__ = ["check_identity", "check_module_state", "check_optimizer_state"]
+
+
+def check_identity(mine: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+    """That a learner's state is one, and of such a learner.
+
+    Raises:
+        CheckpointError: parts are missing, or something differs.
+    """
+    missing = {"identity", "model", "auxiliary", "optimizers", "pass"} - set(state)
+    if missing:
+        raise CheckpointError(f"This is no learner's state: {', '.join(sorted(missing))} missing.")
+    for key, value in mine.items():
+        if state["identity"].get(key) != value:
+            raise CheckpointError(
+                f"The checkpoint was made with {key}={_shortened(state['identity'].get(key))}, but this learner has "
+                f"{key}={_shortened(value)}. Build the learner as the checkpoint's was, or start a new run."
+            )
 
 
 def check_module_state(part: str, module: nn.Module, state: Mapping[str, Any]) -> None:
@@ -57,7 +74,7 @@ def _shape(shape: Iterable[int] | None) -> str:
     return "absent" if shape is None else "x".join(map(str, shape)) or "scalar"
 
 
-def shortened(value: Any, width: int = 200) -> str:
+def _shortened(value: Any, width: int = 200) -> str:
     """A value as text of at most so many characters."""
     text = repr(value)
     return text if len(text) <= width else text[: width - 3] + "..."

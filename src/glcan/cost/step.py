@@ -22,10 +22,12 @@ class Steppable(Protocol):
     """What can be metered: a `glcan.Learner`, or anything like it."""
 
     model: nn.Module
-    optimizers: Sequence[Optimizer]
 
     @property
     def auxiliary(self) -> nn.ModuleDict: ...
+
+    @property
+    def optimizers(self) -> Sequence[Optimizer]: ...
 
     def step(self, *batch: Any) -> dict[str, Tensor]: ...
 

@@ -39,15 +39,17 @@ def fake_copy(model: nn.Module, batch: Any, mode: FakeTensorMode) -> tuple[nn.Mo
     """A copy of the modules with fake parameters and buffers (tied ones stay tied), and the batch as fake tensors."""
     memo: dict[int, Any] = {}
     for tensor in (*model.parameters(), *model.buffers()):
-        memo[id(tensor)] = _with_device(tensor, mode) if tensor.is_meta else mode.from_tensor(tensor)
+        memo[id(tensor)] = _faked(tensor, mode)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         twin = copy.deepcopy(model, memo)
-    return twin, tree_map_only(Tensor, mode.from_tensor, batch)
+    return twin, tree_map_only(Tensor, lambda tensor: _faked(tensor, mode), batch)
 
 
-def _with_device(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
-    """A tensor of the meta device, whose model is planned as if it were on the CPU."""
+def _faked(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
+    """A fake tensor; of one on the meta device, as if it were on the CPU."""
+    if not tensor.is_meta or isinstance(tensor, FakeTensor):
+        return mode.from_tensor(tensor)
     with mode:
         fake = torch.empty_like(tensor, device="cpu", requires_grad=tensor.requires_grad)
     return nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake

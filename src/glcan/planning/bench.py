@@ -104,13 +104,13 @@ class Bench:
         with self.context():
             learner = self._build(parsed, options, wanted or Wanted())
             cost = measure_step(learner, *self.batch)
+            step = learner.describe()
             for optimizer in learner.optimizers if self.mode is not None else ():
                 self._state.update(optimizer.state)
+            step = learner.describe()
         self._forget_gradients()
         extra = sum(p.numel() for p in learner.auxiliary.parameters())
-        return Forecast(
-            str(parsed), learner.strategy.family, dict(options or {}), learner.plan, cost, extra, learner.describe()
-        )
+        return Forecast(str(parsed), learner.strategy.family, dict(options or {}), learner.plan, cost, extra, step)
 
     def costs(self, methods: Sequence[str]) -> dict[str, StepCost]:
         """The costs of methods in their default form: one learner for all, where they are exact."""
@@ -119,7 +119,8 @@ class Bench:
         with self.context():
             for name in methods:
                 parsed = parse_method(name)
-                if learner is None or strategies.family_of(parsed.base) == "local":
+                local = strategies.family_of(parsed.base) == "local"
+                if learner is None or local or learner.method.accumulate != parsed.accumulate:
                     learner = self._build(parsed, None, Wanted())
                     self._reuse_state(learner)
                 elif learner.method != parsed:

@@ -42,9 +42,8 @@ class Forecast:
     @property
     def headline(self) -> str:
         """The family, the blocks and what a step does, in a line."""
-        added = f"{self.auxiliary_parameters:,} auxiliary parameters" if self.family == "local" else self.step
-        parts = [f"{self.plan.blocks} blocks" if self.plan.blocks > 1 else "", added]
-        return f"{self.method} ({self.family}): " + (", ".join(part for part in parts if part) or "the whole model")
+        blocks = f"{self.plan.blocks} blocks, " if self.plan.blocks > 1 else ""
+        return f"{self.method} ({self.family}): {blocks}{self.step}"
 
     def ratios(self, baseline: str) -> dict[str, float]:
         """Peak, activation peak and FLOPs, each divided by the baseline's."""

@@ -8,18 +8,15 @@ from typing import Any
 from glcan import auxiliary
 from glcan.errors import ConfigError
 from glcan.strategies.backprop import Checkpoint, CheckpointSqrt, EndToEnd
-from glcan.strategies.base import Family, Strategy
+from glcan.strategies.base import Strategy
 from glcan.strategies.local import Local
-from glcan.strategies.method import Method, parse_method, parse_methods
+from glcan.strategies.method import FAMILIES, Family, Method, family_of, parse_method, parse_methods
 from glcan.strategies.selective import Selective
 
 EXACT: dict[str, type[Strategy]] = {kind.name: kind for kind in (EndToEnd, Checkpoint, CheckpointSqrt)}
 SAMPLED: tuple[str, ...] = (Selective.name,)
-LOCAL: tuple[str, ...] = tuple(auxiliary.names())
-
 __all__ = [
     "EXACT",
-    "LOCAL",
     "SAMPLED",
     "Family",
     "Method",
@@ -35,12 +32,7 @@ __all__ = [
 
 def names() -> list[str]:
     """The names that methods begin with: exact ones, sampled ones, local ones."""
-    return [*EXACT, *SAMPLED, *LOCAL]
-
-
-def family_of(name: str) -> Family:
-    """The family of a method of this name; rules of one's own are local."""
-    return "exact" if name in EXACT else "sampled" if name in SAMPLED else "local"
+    return list(FAMILIES)
 
 
 def summary_of(name: str) -> str:

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from glcan.cost.estimate import Estimate, Piece
 from glcan.errors import ConfigError, CutError
 from glcan.inspect.profile import Profile
 from glcan.inspect.tensors import tensors_in
+from glcan.strategies.method import Family
 from glcan.strategies.pieces import measure_pieces
 from glcan.tasks.base import Task
 
@@ -35,8 +36,6 @@ __all__ = [
     "WrappedPass",
     "no_autocast",
 ]
-
-Family = Literal["exact", "sampled", "local"]
 
 #: Runs the backward pass of a loss times a share, and times the scale of gradients where there is one.
 Backward = Callable[[Tensor, float], None]

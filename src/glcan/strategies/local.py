@@ -43,7 +43,7 @@ from glcan.strategies.base import (
     Wanted,
     no_autocast,
 )
-from glcan.strategies.pieces import auxiliary_costs
+from glcan.strategies.pieces import auxiliary_costs, flops_of
 from glcan.strategies.recompute import Recomputation
 from glcan.strategies.segments import segments_of, with_large_end
 from glcan.strategies.survey import check_trained, survey, users_of
@@ -194,7 +194,7 @@ class LocalPass(Pass):
             self.added.update(self._build(found.skipping))
             held = {cut: profile.crossing[cut] for cut in plan.cuts}
             self._isolation = Isolation(model, profile.names, plan.cuts, held=held)
-            self._isolation.crossings = dict(found.crossings)
+            self._crossings = found.crossings
         self.groups = self._group(users)
         segments = [run for run in segments_of(profile) if run[0] not in profile.parted]
         self._recomputed = Recomputation(model, self._runs(segments))
@@ -265,6 +265,17 @@ class LocalPass(Pass):
             raise ConfigError(f"frozen is {phase.frozen}, but end_to_end trains every block. Leave one of them out.")
         self._phase = phase
 
+    def describe(self) -> str:
+        if not self.added:
+            return ""
+        setting, own = self._setting, sum(p.numel() for p in self.added.parameters())
+        cuts = [
+            block[0] for name, block in zip(self.plan.names, self.plan.units[1:], strict=False) if name in self.added
+        ]
+        flops = flops_of(self._rule, setting.model, setting.profile, setting.task, setting.batch, cuts)
+        share = flops / (3 * max(1, setting.profile.flops))
+        return f"auxiliary networks with {own:,} parameters and {share:.1%} of the model's FLOPs"
+
     @property
     def draws_twice(self) -> bool:
         return bool(self.plan.recompute) or bool(self._in_parts) or self._phase.end_to_end
@@ -300,6 +311,7 @@ class LocalPass(Pass):
 
         args, kwargs = setting.arguments(batch)
         isolation.on_boundary, isolation.isolating = at_cut, not phase.end_to_end
+        isolation.crossings = dict(self._crossings)  # frozen blocks leave none
         with (
             setting.task.running(setting.model),
             self._in_parts.applied(),
@@ -312,7 +324,7 @@ class LocalPass(Pass):
             with isolation.replay():
                 backward(loss, share)
             loss = loss.detach()
-            finish(self.plan.blocks - 1, loss)
+        finish(self.plan.blocks - 1, loss)  # an optimizer's step, at which the isolation does not look
         if phase.end_to_end:
             for block in range(self.plan.blocks):
                 done(block)

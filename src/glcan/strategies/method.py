@@ -5,10 +5,23 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Sequence
+from typing import Literal
 
+from glcan import auxiliary
 from glcan.errors import ConfigError, UnknownName
 
-__all__ = ["Method", "parse_method", "parse_methods"]
+__all__ = ["FAMILIES", "Family", "Method", "family_of", "parse_method", "parse_methods"]
+
+Family = Literal["exact", "sampled", "local"]
+
+#: The family of each name that a method begins with.
+FAMILIES: dict[str, Family] = {
+    "e2e": "exact",
+    "checkpoint": "exact",
+    "checkpoint-sqrt": "exact",
+    "selective": "sampled",
+    **dict.fromkeys(auxiliary.names(), "local"),
+}
 
 #: Shares of the steps where none is given: what brought most in pilots (docs/findings).
 _SHARES = {"start": 0.3, "freeze": 0.5, "finish": 0.1}
@@ -62,6 +75,11 @@ class Method:
         return text + (f"+accumulate:{self.accumulate}" if self.accumulate > 1 else "")
 
 
+def family_of(name: str) -> Family:
+    """The family of a method of this name; rules of one's own are local."""
+    return FAMILIES.get(name, "local")
+
+
 def parse_method(text: str | Method) -> Method:
     """Reads a method.
 
@@ -71,17 +89,15 @@ def parse_method(text: str | Method) -> Method:
     """
     if isinstance(text, Method):
         return text
-    from glcan.strategies import LOCAL, names  # which stand on this
-
     core, *rest = "".join(text.split()).split("+")
     own = _OWN_RULE.match(core)
     base, number = (core, "") if own is None else (own[0], core[own.end() :].removeprefix(":"))
-    if own is None or (":" in core and own[0].partition(":")[0] in names()):
+    if own is None or (":" in core and own[0].partition(":")[0] in FAMILIES):
         base, _, number = core.partition(":")
     colon = core != base
-    if base not in names() and own is None:
-        raise UnknownName("method", base, names(), hint="Local rules are followed by a number of blocks: 'glcan:4'.")
-    local = base in LOCAL or base not in names()
+    if base not in FAMILIES and own is None:
+        raise UnknownName("method", base, FAMILIES, hint="Local rules are followed by a number of blocks: 'glcan:4'.")
+    local = family_of(base) == "local"
     if colon and not local:
         raise ConfigError(f"Method {text!r} gives a number to {base!r}, which takes none. Write {base!r} alone.")
     if colon and (not number.isdecimal() or int(number) < 1):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from glcan.inspect.tensors import tensors_in
 from glcan.strategies.recompute import Recomputation
 from glcan.tasks.base import Task
 
-__all__ = ["auxiliary_costs", "measure_pieces"]
+__all__ = ["auxiliary_costs", "flops_of", "measure_pieces"]
 
 
 def measure_pieces(
@@ -106,6 +107,24 @@ def auxiliary_costs(
                 known[key] = _meter(network, rule, task, cut, batch, first)
             costs[cut.name] = known[key]
         return costs
+
+    return dry_run(model, batch, run, assume=task.assumes)
+
+
+def flops_of(
+    rule: AuxiliaryRule, model: nn.Module, profile: Profile, task: Task, batch: tuple[Any, ...], cuts: Sequence[Unit]
+) -> int:
+    """Forward and backward FLOPs of the rule's auxiliary networks at these cuts, for the batch."""
+
+    def run(model: nn.Module, batch: tuple[Any, ...]) -> int:
+        first = next(t for t in tensors_in(batch))
+        total = 0
+        for index, cut in enumerate(cuts):
+            with first.device, uninitialized():
+                site = Site(model, profile, task, cut, len(cuts) + 1, index)
+                network = rule.build(site).train()
+            total += _meter(network, rule, task, cut, batch, first).flops
+        return total
 
     return dry_run(model, batch, run, assume=task.assumes)
 

@@ -119,7 +119,7 @@ class _Training:
         total = self.config.epochs * self.steps_per_epoch
         with (
             self.stop,
-            self._tensorboard() as board,
+            _tensorboard(self.run, self.history) as board,
             Reporter(self.config, total, self.state.step, self.progress) as report,
         ):
             report.say(repr(self.learner).partition("\n")[0])
@@ -163,7 +163,7 @@ class _Training:
             batch = to_device(batch, self.device, self.layout)
             self._enter(state.step)
             self._set_rates()
-            with self._memory_advice():
+            with _memory_advice(self.config):
                 losses = self.learner.step(*batch)
             images = len(batch[0])
             state.step += 1
@@ -369,29 +369,31 @@ class _Training:
         write_json(self.run.summary, summary.model_dump(mode="json"))
         return summary
 
-    @contextmanager
-    def _tensorboard(self) -> Iterator[SummaryWriter]:
-        from torch.utils.tensorboard import SummaryWriter
 
-        # What was logged after the checkpoint is hidden, and the last record, which a kill may have cut off, repeated.
-        board = SummaryWriter(str(self.run.tensorboard), purge_step=len(self.history) or None)
-        try:
-            for record in self.history[-1:]:
-                _log(board, record)
-            yield board
-        finally:
-            board.close()
+@contextmanager
+def _tensorboard(run: RunDirectory, history: list[dict[str, Any]]) -> Iterator[SummaryWriter]:
+    from torch.utils.tensorboard import SummaryWriter
 
-    @contextmanager
-    def _memory_advice(self) -> Iterator[None]:
-        try:
-            yield
-        except torch.OutOfMemoryError as error:
-            raise RunError(
-                f"The GPU's memory does not hold a step with batch = {self.config.batch} and method = "
-                f"{self.config.method} ({str(error).splitlines()[0]}). Ask `glcan plan --memory` for a method that "
-                "fits, lower --batch, or set --precision bf16; and choose another --out."
-            ) from None
+    # What was logged after the checkpoint is hidden, and the last record, which a kill may have cut off, repeated.
+    board = SummaryWriter(str(run.tensorboard), purge_step=len(history) or None)
+    try:
+        for record in history[-1:]:
+            _log(board, record)
+        yield board
+    finally:
+        board.close()
+
+
+@contextmanager
+def _memory_advice(config: RunConfig) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise RunError(
+            f"The GPU's memory does not hold a step with batch = {config.batch} and method = {config.method} "
+            f"({str(error).splitlines()[0]}). Ask `glcan plan --memory` for a method that fits, lower --batch, or set "
+            "--precision bf16; and choose another --out."
+        ) from None
 
 
 def _metrics(units: Mapping[str, str], record: dict[str, Any], split: str) -> list[Metric]:
