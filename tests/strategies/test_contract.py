@@ -1,184 +1,106 @@
-"""What every rule keeps, on every task and family of models: one table of settings drives all of it."""
+"""What every strategy keeps, on every task: one table of settings (`tests.strategies.settings`) drives all of it."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from functools import partial
+import io
 from typing import Any
 
 import pytest
 import torch
-from tests import zoo
-from tests.zoo import assert_equal
+from tests.strategies.settings import (
+    BATCHES,
+    FAMILIES,
+    OPTIONS,
+    SETTINGS,
+    every_setting,
+    every_strategy,
+    learner,
+    model_of,
+    served,
+)
+from tests.zoo import assert_equal, gradients
 from torch import Tensor, nn
-from torch.optim import AdamW
 
-from glcan import LocalLearner, methods
-from glcan.errors import ConfigError, UnknownName
-from glcan.models import create
-from glcan.auxiliary import RULES
-from glcan.auxiliary import create as create_rule
+import glcan
+from glcan import Learner
+from glcan.auxiliary import names as rules
+from glcan.strategies import create, family_of, names, parse_method, summary_of
 from glcan.tasks import TASKS
-
-CLASSIFIERS: dict[str, Callable[[], nn.Module]] = {
-    "cifar_resnet": lambda: create("cifar_resnet20", num_classes=10),
-    "vit": lambda: zoo.timm("vit_tiny_patch16_224", img_size=32, patch_size=4, num_classes=10, depth=4, embed_dim=48),
-    "swin": lambda: zoo.timm(
-        "swin_tiny_patch4_window7_224",
-        img_size=32,
-        patch_size=2,
-        window_size=4,
-        embed_dim=24,
-        depths=(1, 1, 2, 1),
-        num_heads=(1, 2, 2, 2),
-        num_classes=10,
-    ),
-    "convnext": lambda: zoo.timm(
-        "convnext_atto", num_classes=10, depths=(1, 1, 2, 1), dims=(16, 24, 32, 48), drop_path_rate=0.1
-    ),
-}
-
-DETECTORS: dict[str, Callable[[], nn.Module]] = {
-    name: partial(create, name, num_classes=4, image_size=64, width=8, channels=32)
-    for name in ("retinanet_small", "fcos_small")
-}
-
-UPSCALERS: dict[str, Callable[[], nn.Module]] = {
-    "edsr": lambda: create("edsr_baseline", scale=2, blocks=6, channels=8),
-    "swinir": lambda: create(
-        "spandrel/SwinIR-light", scale=2, depths=(1,) * 6, num_heads=(2,) * 6, embed_dim=8, drop_path_rate=0.0
-    ),
-}
-
-# task -> the models that it is tried with
-FAMILIES = {"classification": CLASSIFIERS, "super-resolution": UPSCALERS, "detection": DETECTORS}
-
-# rule -> the options that it is tried with
-OPTIONS: dict[str, list[dict[str, Any]]] = {
-    "e2e": [{}],
-    "checkpoint": [{}],
-    "checkpoint-sqrt": [{}],
-    "predsim": [{}, {"beta": 0.0}],
-    "dgl": [{}],
-    "infopro": [{}, {"mode": "cross_entropy"}],
-    "auglocal": [{}],
-    "man": [{}, {"base": "infopro", "bias": "none"}],
-    "manpp": [{}, {"bias": "channel", "units": 2}],
-    "glcan": [
-        {},
-        {"use_local": False, "joint": 0.0},
-        {"use_global": False, "joint": 0.0},
-        {"width": 0.5, "joint": 0.0},
-        {"joint": 0.5, "joint_weight": 0.5},
-        {"joint": 0.5, "joint_weight": 1.0},
-        {"unit": "backbone"},
-        {"unit": "backbone", "momentum": 0.9, "use_local": False},
-    ],
-}
-
-
-def classification_batch() -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    return torch.randn(8, 3, 32, 32, generator=generator), torch.arange(8) % 4
-
-
-def super_resolution_batch() -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    return torch.rand(2, 3, 16, 16, generator=generator), torch.rand(2, 3, 32, 32, generator=generator)
-
-
-def detection_batch() -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-    generator = torch.Generator().manual_seed(3)
-    boxes = torch.tensor([[4.0, 4.0, 40.0, 44.0], [20.0, 2.0, 60.0, 30.0]])
-    return [torch.rand(3, 64, 64, generator=generator) for _ in range(4)], [
-        {"boxes": boxes[: i % 3], "labels": torch.tensor([1, 3])[: i % 3]} for i in range(4)
-    ]
-
-
-SAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
-    "classification": classification_batch,
-    "super-resolution": super_resolution_batch,
-    "detection": detection_batch,
-}
-
-
-def on_the_resnet_alone(rule: str, options: dict[str, Any]) -> bool:
-    """Variants of what the other families have been tried with already, for time."""
-    return rule == "manpp" or (rule == "man" and bool(options))
-
-
-SETTINGS = [
-    pytest.param(
-        rule,
-        options,
-        task,
-        family,
-        id="-".join([rule, *map(str, options.values()), task, family]),
-    )
-    for rule in RULES
-    for options in OPTIONS.get(rule, [{}])
-    for task in SAMPLES
-    if task in RULES[rule].tasks and (task == "classification" or "unit" not in options)
-    for family in FAMILIES[task]
-    if family == "cifar_resnet" or not on_the_resnet_alone(rule, options)
-]
-
-
-def learner(rule: str, options: dict[str, Any], task: str, family: str, **more: Any) -> LocalLearner:
-    torch.manual_seed(0)
-    model = FAMILIES[task][family]().train()
-    blocks = {"blocks": 4} if RULES[rule].local else {}
-    settings = {"optimizer": partial(AdamW, lr=1e-3)} | blocks | more
-    return LocalLearner(model, task, SAMPLES[task](), rule=rule, rule_options=options, **settings)
 
 
 def test_the_table_is_complete() -> None:
-    assert set(OPTIONS) == set(RULES) == set(methods())
-    assert set(SAMPLES) == set(FAMILIES) == set(TASKS)
-    for rule in RULES.values():
-        assert rule.summary
-        assert set(rule.tasks) <= set(TASKS)
-    assert methods()[:3] == ["e2e", "checkpoint", "checkpoint-sqrt"]
+    assert names()[:4] == ["e2e", "checkpoint", "checkpoint-sqrt", "selective"]
+    assert names()[4] == "glcan"
+    assert glcan.methods() == names()
+    assert set(BATCHES) == set(FAMILIES) == set(TASKS)
+    assert set(OPTIONS) <= set(names())
+    tried = {(parse_method(s.values[0]).base, s.values[2]) for s in SETTINGS}
+    assert tried == {(name, task) for name in names() for task in served(name)}
+    for name in ("e2e", "checkpoint", "checkpoint-sqrt", "selective", "glcan"):
+        assert set(served(name)) == set(TASKS)
+    for name in names():
+        assert summary_of(name)
+        assert family_of(name) == create(f"{name}:4" if name in rules() else name, served(name)[0]).family
 
 
-@pytest.mark.parametrize(("rule", "options", "task", "family"), SETTINGS)
-def test_a_rule_keeps_its_contract(rule: str, options: dict[str, Any], task: str, family: str) -> None:
-    mine = learner(rule, options, task, family)
-    batch = SAMPLES[task]()
-    names = [f"block{i}" for i in range(1, mine.plan.blocks + 1)]
-    assert mine.plan.blocks == (4 if RULES[rule].local else 1)
-    if mine.rule.joint(mine.task, mine.plan.blocks, mine.profile.batch).weight == 1:
-        names = names[-1:]  # of the blocks that have a loss of their own
-    assert list(mine.auxiliary) == names[:-1]
+def named(mine: Learner) -> dict[str, nn.Parameter]:
+    own = {f"model.{name}": p for name, p in mine.model.named_parameters()}
+    return own | {f"auxiliary.{name}": p for name, p in mine.auxiliary.named_parameters()}
+
+
+def all_gradients(mine: Learner) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in named(mine).items() if p.grad is not None}
+
+
+def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@every_setting
+def test_the_contract(method: str, options: dict[str, Any], task: str, family: str) -> None:
+    mine = learner(method, task, family, options=options)
+    batch = BATCHES[task]()
+    local = family_of(mine.method.base) == "local"
+    blocks = [f"block{i}" for i in range(1, (4 if local else 1) + 1)]
+    assert mine.plan.blocks == len(blocks)
+    assert list(mine.auxiliary) == blocks[:-1]
     assert all(p.requires_grad for p in mine.auxiliary.parameters())
+    assert repr(mine).startswith(f"{method} ({mine.strategy.family}) of {type(mine.model).__name__}: ")
 
     # every trainable parameter, auxiliary or not, is in exactly one optimizer and gets a gradient
     grouped = [id(p) for o in mine.optimizers for g in o.param_groups for p in g["params"]]
-    named = {
-        **{f"model.{n}": p for n, p in mine.model.named_parameters()},
-        **{f"auxiliary.{n}": p for n, p in mine.auxiliary.named_parameters()},
-    }
-    assert sorted(grouped) == sorted(id(p) for p in named.values())
+    parameters = named(mine)
+    assert sorted(grouped) == sorted(id(p) for p in parameters.values())
     first = mine.backward(*batch)
-    assert list(first) == names
-    reached = {n for n, p in named.items() if p.grad is not None}
-    # of a copied unit, what only its own successor uses may stay unused; of the model nothing may
-    assert reached == set(named)
-    for p in named.values():
-        p.grad = None
+    assert list(first) == blocks
+    assert all(loss.dim() == 0 and not loss.requires_grad for loss in first.values())
+    assert set(all_gradients(mine)) == set(parameters)
+    for parameter in parameters.values():
+        parameter.grad = None
 
     # the loss of a fixed batch falls in every block
     for _ in range(12):
         last = mine.step(*batch)
-    assert all(last[name] < first[name] for name in names), (first, last)
-    assert all(p.grad is None for p in named.values())
+    assert all(last[name] < first[name] for name in blocks), (first, last)
+    assert all(p.grad is None for p in parameters.values())
 
-    # resumption
-    state = copy.deepcopy(mine.state_dict())
+
+@every_setting
+def test_resumption_is_bit_for_bit(method: str, options: dict[str, Any], task: str, family: str) -> None:
+    mine, batch = learner(method, task, family, options=options), BATCHES[task]()
+    for _ in range(2):
+        mine.step(*batch)
+    state = through_a_file(copy.deepcopy(mine.state_dict()))
     torch.manual_seed(11)
     wanted = [mine.step(*batch) for _ in range(2)]
-    fresh = learner(rule, options, task, family)
+    fresh = learner(method, task, family, options=options)
+    with torch.no_grad():
+        for tensor in (*fresh.model.state_dict().values(), *fresh.auxiliary.state_dict().values()):
+            tensor.zero_()
     fresh.load_state_dict(state)
     torch.manual_seed(11)
     assert [fresh.step(*batch) for _ in range(2)] == wanted
@@ -186,55 +108,127 @@ def test_a_rule_keeps_its_contract(rule: str, options: dict[str, Any], task: str
     assert_equal(dict(fresh.auxiliary.state_dict()), dict(mine.auxiliary.state_dict()))
 
 
-@pytest.mark.parametrize(
-    ("rule", "task", "family"),
-    [(rule, "classification", "cifar_resnet") for rule in RULES if RULES[rule].local]
-    + [("glcan", task, family) for task in FAMILIES for family in FAMILIES[task]],
-)
-def test_end_to_end_steps_are_those_of_back_propagation(rule: str, task: str, family: str) -> None:
-    """Bit for bit, while the auxiliary networks learn beside (to rounding, where an upsampler runs in parts)."""
-    mine = learner(rule, {"joint": 0.0} if rule == "glcan" else {}, task, family)
-    plain, cheap = (learner(name, {}, task, family) for name in ("e2e", "checkpoint"))
-    mine.end_to_end = True
-    before = {name: p.detach().clone() for name, p in mine.auxiliary.named_parameters()}
-    batch = SAMPLES[task]()
-    for seed in range(2):
-        losses = []
-        for one in (mine, plain, cheap):
-            torch.manual_seed(seed)
-            losses.append(one.step(*batch))
-        assert list(losses[0]) == [f"block{i}" for i in range(1, 5)]
-        exact = {"rtol": 1e-4, "atol": 1e-5} if mine.profile.parted else {"rtol": 0.0, "atol": 0.0}
-        torch.testing.assert_close(losses[0]["block4"], losses[1]["block1"], **exact)
-    for other in (plain, cheap):
-        torch.testing.assert_close(dict(mine.model.state_dict()), dict(other.model.state_dict()), **exact)
-    assert all(not torch.equal(p, before[name]) for name, p in mine.auxiliary.named_parameters())
-
-    # and what the blocks hand over is what they hand over when they learn by themselves
-    mine.end_to_end = False
-    assert list(mine.step(*batch)) == list(losses[0])
+@every_strategy
+def test_a_gradient_scaler(method: str, task: str) -> None:
+    plain, scaled = learner(method, task), learner(method, task)
+    batch, scaler = BATCHES[task](), torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    assert plain.backward(*batch) == scaled.backward(*batch, scaler=scaler)
+    before = {name: p.detach().clone() for name, p in named(scaled).items()}
+    wanted = all_gradients(plain)
+    for name, gradient in all_gradients(scaled).items():
+        tolerance = 1e-5 * float(wanted[name].abs().max()) + 1e-9
+        torch.testing.assert_close(gradient, wanted[name] * 2**10, rtol=1e-4, atol=2**10 * tolerance)
+    optimizer = torch.optim.SGD(scaled.parameters(), lr=0.1)
+    scaler.step(optimizer)
+    scaler.update()
+    for name, parameter in named(scaled).items():
+        torch.testing.assert_close(parameter.detach(), before[name] - 0.1 * wanted[name], rtol=1e-4, atol=1e-5)
+    assert any(not torch.equal(p, before[name]) for name, p in named(scaled).items())
 
 
-@pytest.mark.parametrize("rule", [name for name, r in RULES.items() if r.local and "classification" in r.tasks])
-def test_a_user_frozen_backbone_still_trains_its_auxiliary_networks(rule: str) -> None:
-    torch.manual_seed(0)
-    model = CLASSIFIERS["cifar_resnet"]().train()
+class _Reached:
+    """In place of a gradient scaler: notes which parameters each loss would reach."""
+
+    def __init__(self) -> None:
+        self.parameters: list[set[int]] = []
+
+    def scale(self, loss: Tensor) -> Tensor:
+        found: set[int] = set()
+        seen, nodes = set(), [loss.grad_fn]
+        while nodes:
+            node = nodes.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            if hasattr(node, "variable"):
+                found.add(id(node.variable))
+            nodes += [following for following, _ in node.next_functions]
+        self.parameters.append(found)
+        return loss
+
+
+@every_strategy
+def test_no_gradient_crosses_a_cut(method: str, task: str) -> None:
+    mine, reached = learner(method, task, leak_check=False), _Reached()
+    mine.backward(*BATCHES[task](), scaler=reached)
+    assert len(reached.parameters) == mine.plan.blocks
+    if mine.plan.blocks == 1:
+        return
+    model = {id(p) for p in mine.model.parameters()}
+    for group, found in zip(mine.groups, reached.parameters, strict=True):
+        own = {id(p) for p in group.parameters}
+        assert found & own & model, "it trains its block"
+        assert found <= own, "and nothing else"
+
+
+def _tied(task: str) -> tuple[nn.Module, nn.Module, str, str]:
+    """A model, the same one with weights used at both ends, and the names of these."""
+    apart = model_of(task)
+    first, last = {
+        "classification": ("a.a.weight", "d.a.weight"),
+        "super-resolution": ("body.0.body.0.weight", "body.4.body.0.weight"),
+        "detection": ("backbone.body.layer2.0.conv2.weight", "backbone.body.layer2.1.conv2.weight"),
+    }[task]
+    weights = dict(apart.named_parameters())
+    weights[last].data.copy_(weights[first].data)
+    tied = copy.deepcopy(apart)
+    tied.get_submodule(last.rpartition(".")[0]).weight = tied.get_parameter(first)
+    return apart, tied, first, last
+
+
+@every_strategy
+def test_tied_weights_get_the_sum_of_their_uses(method: str, task: str) -> None:
+    apart, tied, first, last = _tied(task)
+    free = learner(method, task, model=apart)
+    cuts = list(free.plan.cuts) or None
+    both = learner(method, task, model=tied, cuts=cuts, recompute=free.plan.recompute if cuts else False)
+    if both.auxiliary:
+        both.auxiliary.load_state_dict(free.auxiliary.state_dict())
+    for mine in (free, both):
+        torch.manual_seed(2)
+        mine.backward(*BATCHES[task]())
+    found, wanted = gradients(tied), gradients(apart)
+    wanted[first] = wanted[first] + wanted.pop(last)
+    assert found.keys() == wanted.keys()
+    for name, gradient in found.items():
+        tolerance = 1e-5 * float(wanted[name].abs().max()) + 1e-9
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=tolerance, msg=name)
+    owners = [group.name for group in both.groups if any(p is tied.get_parameter(first) for p in group.parameters)]
+    assert len(owners) == 1, "updated once"
+
+
+@every_strategy
+def test_parts_of_a_batch_add_up(method: str, task: str) -> None:
+    """Accumulation is the mean over the parts, whatever runs them."""
+    batch = BATCHES[task]()
+    options = {"coupling": 0.0} if method == "glcan:4" and task != "detection" else {}
+    parts = [tuple(item[i : i + len(batch[0]) // 2] for item in batch) for i in (0, len(batch[0]) // 2)]
+    whole = learner(f"{method}+accumulate:2", task, options=options)
+    alone = learner(method, task, options=options, sample=parts[0])
+    assert whole.plan.cuts == alone.plan.cuts
+    assert whole.profile.batch == len(parts[0][0])
+    done: list[str] = []
+    torch.manual_seed(2)
+    with whole.watched(done.append):
+        losses = whole.backward(*batch)
+    torch.manual_seed(2)
+    each = [alone.backward(*part) for part in parts]
+    assert done == [group.name for group in whole.groups], "each is complete once"
+    for name, loss in losses.items():
+        torch.testing.assert_close(loss, (each[0][name] + each[1][name]) / 2)
+    found, wanted = all_gradients(whole), all_gradients(alone)
+    assert found.keys() == wanted.keys()
+    for name, gradient in found.items():
+        tolerance = 1e-5 * float(wanted[name].abs().max()) + 1e-9
+        torch.testing.assert_close(gradient, wanted[name] / 2, rtol=1e-4, atol=tolerance, msg=name)
+
+
+@pytest.mark.parametrize("method", [f"{rule}:3" for rule in rules() if "classification" in served(rule)])
+def test_a_backbone_frozen_by_the_user_still_trains_its_auxiliary_networks(method: str) -> None:
+    model = model_of("classification", "cifar_resnet")
     for module in list(model.children())[:2]:
         module.requires_grad_(False)
-    mine = LocalLearner(model, sample=classification_batch(), blocks=3, rule=rule, optimizer=partial(AdamW, lr=1e-3))
+    mine = learner(method, "classification", model=model)
     before = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
-    mine.step(*classification_batch())
+    mine.step(*BATCHES["classification"]())
     assert_equal({n: p.detach() for n, p in model.named_parameters() if n in before}, before)
-
-
-def test_options_are_checked() -> None:
-    with pytest.raises(UnknownName, match="option of the rule 'glcan' 'budjet'.*'budget'"):
-        create_rule("glcan", {"budjet": 1})
-    with pytest.raises(UnknownName, match="It has no options"):
-        create_rule("e2e", {"budget": 1})
-    with pytest.raises(UnknownName, match="rule 'dgll'"):
-        create_rule("dgll")
-    rule = create_rule("glcan", {"budget": 0.2})
-    assert create_rule(rule) is rule
-    with pytest.raises(ConfigError):
-        create_rule("glcan", {"budget": "much"})

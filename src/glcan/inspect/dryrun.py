@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_map_only
 
 from glcan.errors import GradientLeak, UnknownName
 
-__all__ = ["AssumedValues", "UntouchedParameters", "dry_run", "fake_copy", "uninitialized"]
+__all__ = ["AssumedValues", "UntouchedParameters", "dry_run", "fake_copy", "undrawn", "uninitialized"]
 
 T = TypeVar("T")
 
@@ -61,18 +61,12 @@ def _untouched(model: nn.Module) -> Iterator[None]:
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     gradients = [(p, p.grad) for p in model.parameters()]
     modes = [(m, m.training) for m in model.modules()]
-    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    python, numpy = random.getstate(), sys.modules.get("numpy.random")
-    numpy_state = numpy.get_state() if numpy is not None else None
     try:
         for parameter, _ in gradients:
             parameter.grad = None
-        with torch.random.fork_rng(devices=[d for d in devices if d is not None]):
+        with undrawn(model):
             yield
     finally:
-        random.setstate(python)
-        if numpy is not None:
-            numpy.set_state(numpy_state)
         for parameter, gradient in gradients:
             parameter.grad = gradient
         for module, training in modes:
@@ -81,6 +75,21 @@ def _untouched(model: nn.Module) -> Iterator[None]:
             for name, buffer in model.named_buffers():
                 if name in buffers:
                     buffer.copy_(buffers[name])
+
+
+@contextlib.contextmanager
+def undrawn(model: nn.Module) -> Iterator[None]:
+    """Random generators (torch's, Python's, NumPy's) go on as if nothing had been drawn meanwhile."""
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    python, numpy = random.getstate(), sys.modules.get("numpy.random")
+    numpy_state = numpy.get_state() if numpy is not None else None
+    try:
+        with torch.random.fork_rng(devices=[d for d in devices if d is not None]):
+            yield
+    finally:
+        random.setstate(python)
+        if numpy is not None:
+            numpy.set_state(numpy_state)
 
 
 @contextlib.contextmanager
@@ -167,7 +176,8 @@ def dry_run(
             mode = FakeTensorMode(allow_non_fake_inputs=True)
             twin, fake_batch = fake_copy(model, batch, mode)
             _to_train_mode(twin)
-            with mode, AssumedValues() if assume else contextlib.nullcontext():
+            with warnings.catch_warnings(), mode, AssumedValues() if assume else contextlib.nullcontext():
+                warnings.filterwarnings("ignore", category=FutureWarning, module="torch")  # of its own fake tensors
                 return use(twin, fake_batch)
         except (GradientLeak, UnknownName):
             raise  # true of the real model too

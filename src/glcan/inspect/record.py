@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from glcan.errors import ConfigError, CutError, GlcanError
-from glcan.inspect.dryrun import dry_run
+from glcan.inspect.dryrun import dry_run, undrawn
 from glcan.inspect.features import read_feature
 from glcan.inspect.isolation import Isolation, tag_of
 from glcan.inspect.meter import LiveMemory
@@ -81,7 +81,8 @@ def _refuse_compiled(model: nn.Module) -> None:
 def _profile(model: nn.Module, args: Any, kwargs: Any, units: Sequence[str] | None) -> Profile:
     versions = [(t, t._version) for t in tensors_in((args, kwargs))]
     if units is None:
-        units = find_units(model, args, kwargs)
+        with undrawn(model):  # so that the second pass skips the layers that this one does
+            units = find_units(model, args, kwargs)
         writes = any(t._version != before for t, before in versions)
     else:
         writes = False
