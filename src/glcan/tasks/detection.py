@@ -135,7 +135,7 @@ class Detection(Task):
         args, kwargs = arguments
         vars(model)["compute_loss"] = keep
         try:
-            model(*args, **kwargs)
+            self.loss(model(*args, **kwargs), batch)  # one in eval mode comes to this end, and is refused
         except _Predicted:
             pass
         finally:
