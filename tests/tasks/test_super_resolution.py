@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from glcan import LocalLearner, tasks
+import glcan
+from glcan import tasks
 from glcan.errors import ConfigError, DataError, UnknownName
 from glcan.models import create
 from glcan.tasks import SuperResolution
@@ -63,7 +64,7 @@ def test_half_precision_output_is_compared_in_the_images_type() -> None:
 
 def test_the_task_runs_under_a_learner_and_its_dry_runs() -> None:
     model = create("edsr_baseline", scale=3, blocks=1, channels=4)
-    learner = LocalLearner(model, "super-resolution", (LOW, torch.rand(2, 3, 18, 24)), rule="e2e")
+    learner = glcan.Learner(model, "super-resolution", (LOW, torch.rand(2, 3, 18, 24)), method="e2e")
     assert isinstance(learner.task, SuperResolution)
     assert learner.task.scale == 3
     losses = learner.backward(LOW, torch.rand(2, 3, 18, 24))
@@ -118,5 +119,5 @@ def test_other_outputs_are_refused_at_the_loss() -> None:
 def test_leak_check_and_profile_leave_the_model_alone() -> None:
     model = nn.Sequential(nn.Conv2d(3, 12, 3, padding=1), nn.PixelShuffle(2))
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    LocalLearner(model, SuperResolution("charbonnier"), (LOW, HIGH), rule="checkpoint")
+    glcan.Learner(model, SuperResolution("charbonnier"), (LOW, HIGH), method="checkpoint")
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
