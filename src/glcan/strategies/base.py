@@ -34,6 +34,7 @@ __all__ = [
     "Strategy",
     "Wanted",
     "WrappedPass",
+    "forget_casts",
     "no_autocast",
 ]
 
@@ -294,3 +295,9 @@ def no_autocast(like: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Backward passes run outside of autocast, as PyTorch advises."""
     device = like.device.type
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
+
+
+def forget_casts(like: Tensor) -> None:
+    """Drops the copies that autocast keeps of weights, which were updated since, or were cast without a graph."""
+    if torch.is_autocast_enabled(like.device.type):
+        torch.clear_autocast_cache()

@@ -41,6 +41,7 @@ from glcan.strategies.base import (
     Setting,
     Strategy,
     Wanted,
+    forget_casts,
     no_autocast,
 )
 from glcan.strategies.pieces import auxiliary_costs, flops_of
@@ -298,7 +299,7 @@ class LocalPass(Pass):
             if not phase.end_to_end:  # where the backward pass is still to come
                 with no_autocast(loss):
                     done(block)
-                _forget_casts(loss)
+                forget_casts(loss)
 
         def at_cut(boundary: Boundary) -> None:
             if boundary.block < phase.frozen:
@@ -387,12 +388,6 @@ class LocalPass(Pass):
 
         with torch.no_grad(), overridden([(module, begin)]):
             yield
-
-
-def _forget_casts(like: Tensor) -> None:
-    """Autocast keeps copies of weights, which have just been updated."""
-    if torch.is_autocast_enabled(like.device.type):
-        torch.clear_autocast_cache()
 
 
 def _move(module: nn.Module, like: Tensor) -> None:

@@ -28,7 +28,7 @@ from glcan.cost.cuts import Plan
 from glcan.cost.estimate import Estimate
 from glcan.errors import ConfigError
 from glcan.strategies.backprop import whole_model
-from glcan.strategies.base import Backward, Done, Family, Pass, Setting, Strategy, no_autocast
+from glcan.strategies.base import Backward, Done, Family, Pass, Setting, Strategy, forget_casts, no_autocast
 from glcan.strategies.choosing import choose, fraction, sizes_of
 from glcan.strategies.recompute import Recomputation
 from glcan.strategies.second_pass import SecondPass, recording
@@ -131,6 +131,7 @@ class SelectivePass(Pass):
         with task.repeatable(model) as again:
             with torch.no_grad(), self._second.first(len(batch[0])), setting.forward_autocast(batch):
                 first = task.predict(model, batch, setting.arguments(batch))
+            forget_casts(first.tensors[0])  # of weights, without a graph
             predictions = [tensor.detach().requires_grad_() for tensor in first.tensors]
             with torch.enable_grad(), setting.forward_autocast(batch):
                 loss = first.loss(predictions)
@@ -164,6 +165,7 @@ class SelectivePass(Pass):
             args, kwargs = setting.arguments(batch)
             with torch.no_grad(), self._second.first(len(batch[0])), setting.forward_autocast(batch):
                 whole = task.loss(model(*args, **kwargs), batch)
+            forget_casts(whole)
             places, weights = self._choose(torch.ones(len(batch[0]), device=self._count.device), count)
             chosen = task.chosen(batch, places)
             args, kwargs = setting.arguments(chosen)
