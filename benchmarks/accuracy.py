@@ -5,7 +5,7 @@ Runs `glcan.report.compare` and copies what it wrote into benchmarks/results/NAM
     python benchmarks/accuracy.py fashion_mnist_resnet32                     # the recipe, three seeds: for a GPU
     python benchmarks/accuracy.py fashion_mnist_resnet32 --epochs 5 --seeds 0 1 --device cpu --channels-last
     python benchmarks/accuracy.py photographs_edsr_small --data-root DIR --share-exact   # DIR/train/*, DIR/test/*
-    python benchmarks/accuracy.py scenes_fcos_small --share-exact
+    python benchmarks/accuracy.py scenes_fcos_small --share-exact --methods e2e glcan:4 glcan:4+start:0.5
 
 On CPUs of few cores it pays to train several runs side by side, with one thread each: ``--jobs 2``.
 """
@@ -26,6 +26,8 @@ from glcan.training import RunConfig, load_recipe
 from glcan.training.run import write_json
 
 RESULTS = Path(__file__).parent / "results"
+#: One method of each family, and what a divided batch does in their place.
+FAMILIES = ("e2e", "checkpoint", "e2e+accumulate:4", "glcan:4", "selective")
 FILES = ("comparison.md", "metric_over_epochs.png", "metric_against_cost.png")
 
 
@@ -34,7 +36,7 @@ class Comparison:
     """What is compared: the settings, by recipe or the task's defaults, the methods and the seeds."""
 
     settings: str | dict[str, Any]
-    methods: tuple[str, ...]
+    methods: tuple[str, ...] = FAMILIES
     seeds: tuple[int, ...] = (0, 1)
 
     def config(self, **changes: Any) -> RunConfig:
@@ -45,17 +47,10 @@ class Comparison:
 
 
 COMPARISONS = {
-    "fashion_mnist_resnet32": Comparison(
-        "fashion-mnist-resnet32",
-        ("e2e", "checkpoint", "e2e+accumulate:4", "glcan:4", "glcan:16"),
-        (0, 1, 2),
-    ),
-    "photographs_edsr_small": Comparison(
-        "photographs-edsr-small-x2", ("e2e", "checkpoint", "e2e+accumulate:4", "glcan:4")
-    ),
+    "fashion_mnist_resnet32": Comparison("fashion-mnist-resnet32", (*FAMILIES, "glcan:16"), (0, 1, 2)),
+    "photographs_edsr_small": Comparison("photographs-edsr-small-x2"),
     "scenes_fcos_small": Comparison(
-        {"task": "detection"},
-        ("e2e", "checkpoint", "e2e+accumulate:4", "dgl:4", "dgl:4+start", "glcan:4", "glcan:4+start"),
+        {"task": "detection"}, (*FAMILIES, "dgl:4", "dgl:4+start:0.5", "glcan:4+start:0.5")
     ),
 }
 
@@ -69,8 +64,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, help="default: the recipe's, like the next ones")
     parser.add_argument("--batch", type=int)
     parser.add_argument("--lr", type=float)
-    parser.add_argument("--start", type=float, help="of the methods with +start (default: the comparison's)")
-    parser.add_argument("--rule-option", metavar="NAME=VALUE", nargs="+", help="of the recipe's rule: joint=0.25")
+    parser.add_argument("--option", metavar="NAME=VALUE", nargs="+", help="of the recipe's method: budget=0.2")
     parser.add_argument("--precision", choices=("fp32", "bf16"))
     parser.add_argument("--limit", type=int, help="use at most so many training images (default: all)")
     parser.add_argument("--data-root", type=Path, help="where the data set is (default: where glcan finds it)")
@@ -91,7 +85,6 @@ def main() -> None:
         "epochs",
         "batch",
         "lr",
-        "start",
         "precision",
         "limit",
         "data_root",
@@ -101,8 +94,8 @@ def main() -> None:
     )
     changes = {name: value for name in names if (value := getattr(options, name)) is not None}
     try:
-        if options.rule_option:
-            changes["rule_options"] = pairs("--rule-option", options.rule_option)
+        if options.option:
+            changes["options"] = pairs("--option", options.option)
         config = chosen.config(**changes)
         comparison = compare(config, methods, seeds, out, share_exact=options.share_exact, jobs=options.jobs)
     except GlcanError as error:

@@ -1,6 +1,6 @@
 """How much a block's local gradient has to do with the gradient of the model's own loss, which it stands in for.
 
-A model is trained in blocks, without joint images. Then, for groups of a few training images each, the gradient of
+A model is trained in blocks by auxiliary networks. Then, for groups of a few training images each, the gradient of
 every block but the last one is taken twice, from its local loss and by plain back-propagation of the model's loss, and
 over the groups their correlation is computed (of all of the block's weights together, each gradient less its mean over
 the groups). Its square is the share of the true gradient's variance that the local one could explain. The cosine of the
@@ -23,11 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from glcan import LocalLearner
+from glcan import Learner
 from glcan.training import RunConfig, build, environment, load_data, train
+from glcan.training.building import to_device
 from glcan.training.checkpoint import load
 from glcan.training.run import write_json
-from glcan.training.trainer import to_device
 
 OUT = Path(__file__).parent / "results" / "gradient_agreement.json"
 
@@ -59,10 +59,9 @@ CASES = {
 }
 
 
-def measure(case: Case, rule: str, groups: int, folder: Path) -> dict[str, Any]:
+def measure(case: Case, method: str, groups: int, folder: Path) -> dict[str, Any]:
     """Train, and compare the gradients of each block but the last one."""
-    options = {"joint": 0.0} if rule == "glcan" else {}
-    config = RunConfig(**case.settings, rule=rule, rule_options=options, blocks=4)
+    config = RunConfig(**case.settings, method=method)
     summary = train(config, folder, resume=True)
     data = load_data(config)
     learner = build(config, data)
@@ -72,7 +71,7 @@ def measure(case: Case, rule: str, groups: int, folder: Path) -> dict[str, Any]:
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     loader = data.loader("train", case.group, epoch=config.epochs)
     batches = [to_device(batch, device, layout) for batch in itertools.islice(loader, groups)]
-    whole = LocalLearner(learner.model, learner.task, batches[0], rule="e2e", autocast=learner.autocast).train()
+    whole = Learner(learner.model, learner.task, batches[0], method="e2e", autocast=learner.autocast).train()
     local: list[list[Tensor]] = []
     true: list[list[Tensor]] = []
     for batch in batches:
@@ -81,11 +80,11 @@ def measure(case: Case, rule: str, groups: int, folder: Path) -> dict[str, Any]:
         whole.backward(*batch)
         true.append(_taken(learner))
     blocks = []
-    for name, ours, theirs in zip(learner.names, zip(*local, strict=True), zip(*true, strict=True), strict=True):
+    for name, ours, theirs in zip(learner.plan.names, zip(*local, strict=True), zip(*true, strict=True), strict=True):
         if name in learner.auxiliary:
             blocks.append({"block": name} | _compared(torch.stack(ours), torch.stack(theirs)))
     return {
-        "rule": rule,
+        "method": method,
         "group": case.group,
         "groups": len(local),
         "train_loss": summary.train_loss,
@@ -95,7 +94,7 @@ def measure(case: Case, rule: str, groups: int, folder: Path) -> dict[str, Any]:
     }
 
 
-def _taken(learner: LocalLearner) -> list[Tensor]:
+def _taken(learner: Learner) -> list[Tensor]:
     """The gradient of each block's weights of the model, as one vector; none is left."""
     found = []
     for unit in learner.plan.units:
@@ -127,14 +126,14 @@ def main() -> None:
     """Measure, and write the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--rule", default="glcan", help="default: %(default)s")
+    parser.add_argument("--method", default="glcan:4", help="of local learning (default: %(default)s)")
     parser.add_argument("--groups", type=int, default=60, help="of images (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=OUT, help="default: %(default)s")
     options = parser.parse_args()
     results = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else {}
     for name in options.tasks:
         with tempfile.TemporaryDirectory() as folder:
-            results[name] = measure(CASES[name], options.rule, options.groups, Path(folder))
+            results[name] = measure(CASES[name], options.method, options.groups, Path(folder))
         for block in results[name]["blocks"]:
             print(name, block)
         results["environment"] = environment()

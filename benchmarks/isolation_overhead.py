@@ -33,10 +33,10 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from glcan.inspect.isolation import Boundary, Isolation
-from glcan.inspect.tensors import overridden
 from glcan.cost.cuts import make_plan
+from glcan.inspect.isolation import Boundary, Isolation
 from glcan.inspect.record import profile
+from glcan.inspect.tensors import overridden
 from glcan.training import environment
 
 RESULTS = Path(__file__).parent / "results"

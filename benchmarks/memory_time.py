@@ -1,4 +1,4 @@
-"""Peak memory against step time: end-to-end training, checkpointing, accumulation and GLCAN, on steps of all tasks.
+"""Peak memory against step time: exact methods, images chosen by gradient, and GLCAN, on steps of all tasks.
 
 All methods of a model take turns (A B C, A B C, ...), so that a busy or warming machine meets them alike. Reported are
 the median of the step times after warm-up, the median of the ratios to end-to-end within each round, the peak of live
@@ -23,6 +23,7 @@ import functools
 import gc
 import itertools
 import json
+import re
 import statistics
 import sys
 import time
@@ -36,15 +37,17 @@ from filelock import FileLock
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from glcan import LocalLearner, measure_step
+from glcan import Learner, measure_step
 from glcan.errors import GlcanError
 from glcan.inspect.tensors import tensors_in
 from glcan.models import create
 from glcan.tasks import create as create_task
 
 RESULTS = Path(__file__).parent / "results"
-METHODS = ("e2e", "checkpoint", "checkpoint-sqrt", "glcan:2", "glcan:4", "glcan:8", "glcan:4+recompute")
-OTHERS = ("e2e", "checkpoint", "checkpoint-sqrt", "e2e+accumulate:2", "glcan:4")
+RECOMPUTED = " recomputed"
+EXACT = ("e2e", "checkpoint", "checkpoint-sqrt")
+METHODS = (*EXACT, "e2e+accumulate:2", "selective", "glcan:2", "glcan:4", "glcan:8", f"glcan:4{RECOMPUTED}")
+OTHERS = (*EXACT, "e2e+accumulate:2", "selective", "glcan:4")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +98,7 @@ MODELS = {
 }
 CPU_MODELS = ("resnet50", "resnet101", "vit_b_16", "resnet110", "edsr_baseline", "retinanet")
 MARKERS = {"e2e": "o", "checkpoint": "s", "checkpoint-sqrt": "D", "e2e+accumulate:2": "v", "e2e+accumulate:4": "v"}
+COLOURS = {"glcan": "tab:blue", "selective": "tab:green", "share": "tab:green"}
 WARM_UP = 2
 
 
@@ -103,7 +107,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--models", nargs="+", choices=MODELS, help="default: on a CPU the small ones, else all")
-    parser.add_argument("--methods", nargs="+", help="baselines, RULE:BLOCKS, either with +recompute or +accumulate:N")
+    parser.add_argument("--methods", nargs="+", help=f"as glcan writes them, local ones with '{RECOMPUTED}' or without")
     parser.add_argument("--precisions", nargs="+", choices=("fp32", "bf16"), help="default: fp32; on CUDA both")
     parser.add_argument("--rounds", type=int, default=15, help="steps of each method (default: 15)")
     parser.add_argument("--seconds", type=float, default=240, help="at most, for a model (default: 240)")
@@ -178,9 +182,10 @@ def measure(name: str, size: tuple[int, int, int], precision: str, options: argp
 
     sample = tree_map_only(torch.Tensor, ready, task.example(batch, 3, (side[0], side[1])))
     methods = options.methods or case.methods + (case.real_methods if cuda else ())
-    learners = {method: build(copy.deepcopy(original), case.task, sample, method, precision) for method in methods}
-    for learner in learners.values():
-        learner.cuda_graph = options.cuda_graph
+    learners = {
+        method: build(copy.deepcopy(original), case.task, sample, method, precision, options.cuda_graph)
+        for method in methods
+    }
     with held(options.lock):
         print(f"{case.name}, batch {batch} at {side[0]}x{side[1]} px, {precision}", flush=True)
         rows = take_turns(learners, sample, options)
@@ -204,7 +209,7 @@ def device_name(device: str) -> str:
 
 
 def take_turns(
-    learners: dict[str, LocalLearner], sample: tuple[Any, ...], options: argparse.Namespace
+    learners: dict[str, Learner], sample: tuple[Any, ...], options: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """Memory of each learner, and the time of steps in turn."""
     cuda = options.device.startswith("cuda")
@@ -275,7 +280,7 @@ def _reserved() -> int:
     return torch.cuda.memory_reserved()
 
 
-def kept(learner: LocalLearner) -> list[torch.Tensor]:
+def kept(learner: Learner) -> list[torch.Tensor]:
     """What a learner holds between steps."""
     tensors = [*learner.model.parameters(), *learner.model.buffers(), *learner.auxiliary.parameters()]
     for optimizer in learner.optimizers:
@@ -283,18 +288,17 @@ def kept(learner: LocalLearner) -> list[torch.Tensor]:
     return tensors
 
 
-def build(model: nn.Module, task: str, sample: tuple[Any, ...], method: str, precision: str) -> LocalLearner:
-    """The learner of a method, such as "checkpoint", "glcan:4", "glcan:4+recompute" or "e2e+accumulate:2"."""
-    name, _, also = method.partition("+")
-    rule, _, blocks = name.partition(":")
-    return LocalLearner(
+def build(
+    model: nn.Module, task: str, sample: tuple[Any, ...], method: str, precision: str, cuda_graph: bool
+) -> Learner:
+    """The learner of a method, such as "checkpoint", "glcan:4", "glcan:4 recomputed" or "e2e+accumulate:2"."""
+    return Learner(
         model,
         task,
         sample=sample,
-        rule=rule,
-        blocks=int(blocks) if blocks else None,
-        recompute=also == "recompute",
-        accumulate=int(also.removeprefix("accumulate:")) if also.startswith("accumulate:") else 1,
+        method=method.removesuffix(RECOMPUTED),
+        recompute=method.endswith(RECOMPUTED),
+        cuda_graph=cuda_graph,
         autocast=torch.bfloat16 if precision == "bf16" else None,
         optimizer=functools.partial(torch.optim.SGD, lr=1e-3, momentum=0.9),
     )
@@ -329,13 +333,14 @@ def draw(result: dict[str, Any], path: Path) -> None:
         for i, row in enumerate(found["methods"]):
             versus = row["vs_e2e"]
             x, y = versus.get("cuda_peak_ratio", versus["peak_ratio"]), versus["time_ratio"]
-            local = row["blocks"] > 1
+            base, added = re.match(r"([\w-]+)(?::\d+)?(.*)", row["method"]).groups()  # type: ignore[union-attr]
+            colour = COLOURS.get(base, "0.3" if row["method"] == "e2e" else "tab:red")
             axes.plot(
                 x,
                 y,
                 MARKERS.get(row["method"], "^" if "+" in row["method"] else "o"),
-                color="tab:blue" if local else "tab:red" if row["method"] != "e2e" else "0.3",
-                markerfacecolor="tab:blue" if local and "+" not in row["method"] else "none",
+                color=colour,
+                markerfacecolor=colour if base in COLOURS and not added else "none",
                 markersize=8,
                 markeredgewidth=1.8,
             )

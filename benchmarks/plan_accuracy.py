@@ -35,26 +35,21 @@ MODELS: dict[str, tuple[int, int, tuple[int, int]]] = {
     "torchvision/convnext_tiny": (1000, 224, (2, 4)),
     "cifar_resnet110": (10, 32, (8, 32)),
 }
-METHODS: dict[str, dict[str, Any]] = {
-    "e2e": {"rule": "e2e"},
-    "checkpoint": {"rule": "checkpoint"},
-    "checkpoint-sqrt": {"rule": "checkpoint-sqrt"},
-    "glcan:4": {"blocks": 4},
-    "glcan:8": {"blocks": 8},
-    "glcan:4+recompute": {"blocks": 4, "recompute": True},
-}
+RECOMPUTED = " recomputed"
+METHODS = ("e2e", "checkpoint", "checkpoint-sqrt", "selective", "glcan:4", "glcan:8", f"glcan:4{RECOMPUTED}")
 PLANS = (
-    ["torchvision/resnet152", "--blocks", "4"],
-    ["torchvision/resnet152", "--blocks", "26"],
-    ["torchvision/resnet152", "--blocks", "51"],
-    ["torchvision/resnet152", "--batch", "4096", "--blocks", "8"],
-    ["torchvision/resnet152", "--memory", "4GiB"],
-    ["torchvision/vit_h_14", "--batch", "256", "--blocks", "8"],
-    ["torchvision/swin_v2_b", "--image", "256x256", "--blocks", "8"],
-    ["torchvision/densenet201", "--blocks", "8"],
-    ["torchvision/efficientnet_b7", "--blocks", "8"],
-    ["timm/convnextv2_huge", "--blocks", "8"],
-    ["cifar_resnet110", "--batch", "1024", "--blocks", "55"],
+    ["torchvision/resnet152", "--method", "glcan:4"],
+    ["torchvision/resnet152", "--method", "glcan:26"],
+    ["torchvision/resnet152", "--method", "glcan:51"],
+    ["torchvision/resnet152", "--method", "selective"],
+    ["torchvision/resnet152", "--batch", "4096", "--method", "glcan:8"],
+    ["torchvision/resnet152", "--method", "glcan", "--memory", "4GiB"],
+    ["torchvision/vit_h_14", "--batch", "256", "--method", "glcan:8"],
+    ["torchvision/swin_v2_b", "--image", "256x256", "--method", "glcan:8"],
+    ["torchvision/densenet201", "--method", "glcan:8"],
+    ["torchvision/efficientnet_b7", "--method", "glcan:8"],
+    ["timm/convnextv2_huge", "--method", "glcan:8"],
+    ["cifar_resnet110", "--batch", "1024", "--method", "glcan:55"],
 )
 
 
@@ -94,9 +89,13 @@ def main() -> None:
                 torch.randn(batch, 3, side, side, device=options.device),
                 torch.randint(classes, (batch,), device=options.device),
             )
-            for method, how in METHODS.items():
+            for method in METHODS:
+                how: dict[str, Any] = {
+                    "method": method.removesuffix(RECOMPUTED),
+                    "recompute": method.endswith(RECOMPUTED),
+                }
                 predicted = glcan.plan(model, sample=sample, optimizer=optimizer, baselines=(), **how).cost
-                learner = glcan.LocalLearner(copy.deepcopy(model), sample=sample, optimizer=optimizer, **how)
+                learner = glcan.Learner(copy.deepcopy(model), sample=sample, optimizer=optimizer, **how)
                 measured = glcan.measure_step(learner, *sample)
                 row = {
                     "model": name,

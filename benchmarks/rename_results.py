@@ -305,13 +305,13 @@ class Renamer:
             bench = content["bench"]
             rows = [self._entry(row, bench, f"/rows/{index}") for index, row in enumerate(content["rows"])]
             return content | {"rows": rows}
-        return self._entry(content, content["bench"], "") if content["config"]["rule"] == "glcan" else content
+        return self._entry(content, content["bench"], "") if content["config"].get("rule") == "glcan" else content
 
     def _entry(self, row: dict[str, Any], bench: str, where: str) -> dict[str, Any]:
         """A row of LocalBench, whose name says what differs from the default of the day, without the blocks."""
         old = str(row["entry"])
         ablation = bench.startswith("ablation") and old != "e2e"
-        if "renamed_from" in row or not (old.startswith("glcan") or ablation):
+        if "renamed_from" in row or ":" in old or not (old.startswith("glcan") or ablation):
             return row
         base, _, suffix = old.partition("+")
         extra = ""
