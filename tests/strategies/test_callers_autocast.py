@@ -1,4 +1,4 @@
-"""A caller's own `torch.autocast` around a pass keeps copies of weights, which must not outlive a pass without a graph."""
+"""A caller's own `torch.autocast` around a pass keeps copies of weights: none may outlive a pass without a graph."""
 
 from __future__ import annotations
 
