@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import itertools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,9 +19,10 @@ from glcan.cost.cuts import Plan
 from glcan.errors import ConfigError
 from glcan.inspect.profile import Profile
 from glcan.inspect.record import profile as take_profile
+from glcan.inspect.refusals import Seen, refuse_wrapped
 from glcan.state import check_identity, check_module_state, check_optimizer_state
 from glcan.strategies.accumulate import Accumulated, first_part
-from glcan.strategies.base import Pass, Phase, Setting, Wanted, no_autocast
+from glcan.strategies.base import Group, Pass, Phase, Setting, Wanted, no_autocast
 from glcan.strategies.cuda_graph import Recorded
 from glcan.strategies.method import Method, parse_method
 from glcan.updates import OptimizerFactory, Updates
@@ -67,8 +69,7 @@ class Learner:
         clip_norm: in `step`, bounds the norm of the whole gradient, whatever the method: where K groups of parameters
             are updated one by one, each is clipped to ``clip_norm / sqrt(K)``.
         leak_check: look for gradients that cross a cut (walks the autograd graph once).
-        cuda_graph: record `step` as a CUDA graph and replay it, so that the GPU does not wait for Python: for steps of
-            many small kernels. See docs/training.md, "CUDA graphs".
+        cuda_graph: record `step` as a CUDA graph and replay it, for steps of many small kernels (docs/training.md).
         profile: what `glcan.profile` gave for this model and sample (the first part of it, with accumulation), if it is
             at hand: saves the dry runs of it.
 
@@ -76,8 +77,6 @@ class Learner:
         model: the user's own object.
         auxiliary: ``nn.ModuleDict`` by block name; all that was added; empty for all but local learning.
         method: a `glcan.strategies.Method`.
-        plan, profile, task: see their classes.
-        optimizers: one for each group that has parameters.
         groups: of parameters, in the order in which they are updated: the blocks, and parameters that several of them
             use ("tied"), which get the sum of the blocks' gradients and are updated once, at the end.
 
@@ -138,6 +137,7 @@ class Learner:
 
     def _bind(self) -> None:
         """Looks at the model as the method needs it, and binds the method to it."""
+        refuse_wrapped(self.model)
         strategy = strategies.create(self.method, self.task.name, self._options)
         part = first_part(self.task, self._sample, self.method.accumulate)
         profile = self._profile
@@ -151,8 +151,7 @@ class Learner:
                     assume=self.task.assumes,
                     few=self.task.arguments(few),
                 )
-        wanted = self._wanted if strategy.family == "local" or self._wanted.recompute or self._wanted.cuts else Wanted()
-        profile = strategy.prepared(self.model, self.task, profile, wanted)
+        profile = strategy.prepared(self.model, self.task, profile, self._wanted)
         images = len(part[0])
         looked_at = min(profile.batch, images)
         whole = profile if looked_at == images else profile.scaled(images)
@@ -160,14 +159,16 @@ class Learner:
         setting = Setting(
             self.model, self.task, self.task.part(part, 0, looked_at), profile, self.autocast, self._leak_check
         )
-        bound: Pass = strategy.bind(setting, strategy.plan(setting, wanted))
+        bound: Pass = strategy.bind(setting, strategy.plan(setting, self._wanted))
         bound.plan = bound.plan.scaled(looked_at, images)
         self.strategy, self.profile = strategy, whole
+        if strategy.family == "local":  # whose number of blocks the cuts may have decided
+            self.method = dataclasses.replace(self.method, number=bound.plan.blocks)
         if self.method.accumulate > 1:
             bound = Accumulated(bound, self.task, self.method.accumulate, len(self._sample[0]))
         if self._cuda_graph:
             bound = Recorded(bound, self.model, self.task)
-        self._pass, self._reached = bound, False
+        self._pass, self._reached, self._seen = bound, False, Seen(self.model)
         self._updates = Updates(bound.groups, self._factory, self.clip_norm, self._updates.state())
 
     @property
@@ -181,8 +182,8 @@ class Learner:
         return self._pass.plan
 
     @property
-    def groups(self) -> Sequence[Any]:
-        """The groups of parameters."""
+    def groups(self) -> Sequence[Group]:
+        """The groups of parameters, in the order in which they are updated."""
         return self._pass.groups
 
     @property
@@ -234,6 +235,7 @@ class Learner:
             for watch in self._watchers:
                 watch(self.groups[index].name)
 
+        self._seen.check()
         unreached: list[nn.Parameter] = []
         # A recorded pass hands out all groups at its end, so what is watched runs as ever.
         bound = self._pass.inner if isinstance(self._pass, Recorded) and self._watchers else self._pass

@@ -21,6 +21,7 @@ from glcan.inspect.features import read_feature
 from glcan.inspect.isolation import Isolation, tag_of
 from glcan.inspect.meter import LiveMemory
 from glcan.inspect.profile import Profile, Unit
+from glcan.inspect.refusals import refuse_wrapped
 from glcan.inspect.tensors import differentiable, tensors_in
 from glcan.inspect.units import find_units, weights_of
 
@@ -49,7 +50,7 @@ def profile(
         ConfigError: the model cannot be run on this batch, has nothing that could be a unit, or is compiled.
         UnknownName, CutError: the named units do not fit the model.
     """
-    _refuse_compiled(model)
+    refuse_wrapped(model)
     batch = (tuple(args), dict(kwargs or {}))
     try:
         return dry_run(model, batch, lambda m, b: _profile(m, b[0], b[1], units), assume=assume, few=few)
@@ -61,21 +62,6 @@ def profile(
             f"{type(model).__name__} cannot be run on a batch of shapes {shapes}: {type(error).__name__}: {error}. "
             "Give a sample that the model accepts (batch of at least 2, its image size and channels)."
         ) from error
-
-
-def _refuse_compiled(model: nn.Module) -> None:
-    """Compiled code does not call the sub-modules that a model is cut between."""
-    for name, module in model.named_modules():
-        where = f"its sub-module {name!r}" if name else "the model"
-        if hasattr(module, "_orig_mod"):  # what torch.compile(module) gives
-            raise ConfigError(
-                f"{type(model).__name__}: {where} is compiled, and cannot be cut. Give the module that was compiled, "
-                "as it was before torch.compile(module)."
-            )
-        if getattr(module, "_compiled_call_impl", None) is not None:
-            raise ConfigError(
-                f"{type(model).__name__}: {where} is compiled, and cannot be cut. Leave out its .compile()."
-            )
 
 
 def _profile(model: nn.Module, args: Any, kwargs: Any, units: Sequence[str] | None) -> Profile:
