@@ -36,7 +36,7 @@ def enlarger(glcan, photos, tmp_path_factory):
     """The directory of a finished run."""
     out = tmp_path_factory.mktemp("cli-sr") / "run"
     place = ["--data", "photofolder", "--data-root", photos]
-    result = glcan("train", "super-resolution", *QUICK, *place, "--rule", "e2e", "--out", out)
+    result = glcan("train", "super-resolution", *QUICK, *place, "--method", "e2e", "--out", out)
     assert result.exit_code == 0, result.output
     assert "test psnr_y: " in result.output
     assert " dB\n" in result.output
@@ -168,14 +168,15 @@ def test_settings_of_the_other_task_are_refused(glcan):
         assert message in result.stderr
 
 
-def test_plan_of_the_baselines(glcan):
+def test_plan(glcan):
     small = ["--model-option", "blocks=4", "--model-option", "channels=8", "--batch", 2, "--image", "16x16"]
-    result = glcan(
-        "plan", "edsr_baseline", "--task", "super-resolution", "--scale", 3, *small, "--rule", "e2e", "--json"
-    )
+    result = glcan("plan", "edsr_baseline", "--task", "super-resolution", "--scale", 3, *small, "--json")
     assert result.exit_code == 0, result.output
     found = json.loads(result.output)
-    assert (found["task"], found["image"]) == ("super-resolution", [16, 16])
+    assert (found["task"], found["image"], found["scale"]) == ("super-resolution", [16, 16], 3)
+    assert (found["method"], found["family"]) == ("glcan:4", "local")
+    assert found["auxiliary_parameters"] > 0
+    assert {"e2e", "checkpoint", "selective"} <= found["baselines"].keys()
     refused = glcan("plan", "cifar_resnet20", "--scale", 3)
     assert refused.exit_code == 2
     assert "--scale 3 is for super-resolution" in refused.stderr

@@ -9,6 +9,7 @@ def method(name: str, blocks: int, mean: float, std: float | None, scale: float)
     seeds = 1 if std is None else 2
     return {
         "name": name,
+        "family": "local" if blocks > 1 else "exact",
         "blocks": blocks,
         "metric": {
             "name": "test_accuracy",

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from glcan.learner import LocalLearner
+from glcan.learner import Learner
 from glcan.training import RunConfig, read_metrics
 
 IMPORTABLE = Path(__file__).parent / "importable"
@@ -25,27 +25,26 @@ def tiny() -> Callable[..., RunConfig]:
 
     def config(**fields: Any) -> RunConfig:
         defaults = {"model": "tiny_model:tiny", "limit": 96, "val": 40, "batch": 32, "epochs": 3, "lr": 0.05}
-        rule = fields.get("rule", "glcan")
-        return RunConfig(**(defaults | {"blocks": 2 if rule == "glcan" else None, "device": "cpu"} | fields))
+        return RunConfig(**(defaults | {"method": "glcan:2", "device": "cpu"} | fields))
 
     return config
 
 
 @pytest.fixture
-def before_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[LocalLearner], object]], None]:
+def before_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[Learner], object]], None]:
     """Arrange for an action right before the n-th optimizer step that is taken from now on (from 1)."""
 
-    def arrange(number: int, action: Callable[[LocalLearner], object]) -> None:
-        step, taken = LocalLearner.step, 0
+    def arrange(number: int, action: Callable[[Learner], object]) -> None:
+        step, taken = Learner.step, 0
 
-        def counted(self: LocalLearner, *batch: Any) -> Any:
+        def counted(self: Learner, *batch: Any) -> Any:
             nonlocal taken
             taken += 1
             if taken == number:
                 action(self)
             return step(self, *batch)
 
-        monkeypatch.setattr(LocalLearner, "step", counted)
+        monkeypatch.setattr(Learner, "step", counted)
 
     return arrange
 

@@ -9,7 +9,7 @@ import torch
 from glcan.errors import ConfigError, UnknownName
 from glcan.training import RunConfig, load_recipe, recipe_names
 from glcan.training.config import recipe_folder
-from glcan.training.schedule import frozen_blocks, learning_rate, local_steps, schedule_share
+from glcan.training.schedule import learning_rate
 
 
 @pytest.mark.parametrize(
@@ -25,25 +25,30 @@ from glcan.training.schedule import frozen_blocks, learning_rate, local_steps, s
         ({"device": "gpu"}, "device = 'gpu': must be auto, cpu, cuda"),
         ({"weightdecay": 1}, r"weightdecay = 1: there is no such setting; did you mean weight_decay\?"),
         ({"zzz": 1}, "there is no such setting; the settings are: model, "),
-        ({"rule_options": "momentum"}, "rule_options = 'momentum': should be a valid dictionary; set --rule-option "),
+        ({"options": "share"}, "options = 'share': should be a valid dictionary; set --option "),
+        ({"rule": "glcan"}, "rule = 'glcan': there is no such setting"),
         (
             {"task": "poetry"},
             "task = 'poetry': should be 'classification', 'super-resolution' or 'detection'; set TASK",
         ),
         ({"momentum": 0}, "nesterov = true needs momentum above 0; set --momentum 0.9 or --no-nesterov"),
         ({"epochs": 3, "warmup_epochs": 5}, "warmup_epochs = 5 must be less than epochs = 3"),
+        ({"method": "glcan:4+finish:0.95"}, r"has finish:0.95; a share of the steps lies in \(0, 0.9\]"),
+        ({"method": "e2e+start:0.1"}, "has a start, and 'e2e' trains the whole model all the time"),
+        ({"method": "glcan:4+start:0.6+freeze:0.5"}, "starts with 0.6 of the steps, .* only 0.5 .* Lower the start"),
+        ({"method": "glcan:4+start:0.6+finish:0.5"}, "starts with 0.6 of the steps"),
         (
-            {"epochs": 4, "warmup_epochs": 3, "finish": 0.5, "finish_lr": 0.1},
-            "must be less than epochs = 4 less the finish of 0.5",
+            {"method": "glcan+start", "memory": "1GiB"},
+            r"method = 'glcan\+start:0.3' has steps that train the whole model",
         ),
-        ({"finish": 0.6}, "finish = 0.6: should be less than or equal to 0.5"),
-        ({"finish_lr": 0.1}, "finish_lr = 0.1 is of a finish; set --finish 0.1"),
-        ({"start": 0.1, "rule": "e2e"}, "start = 0.1 begins local learning end to end, and the baseline 'e2e' trains"),
-        ({"start": 0.6, "freeze": 0.5}, "start = 0.6 is more than 0.5, .* lower --start"),
-        ({"start": 0.6, "finish": 0.5}, "start = 0.6 is more than 0.5"),
-        ({"start": 0.3, "memory": "1GiB"}, "start = 0.3 has steps that train the whole model, and memory = '1GiB'"),
-        ({"finish": 0.1, "memory": "1GiB"}, "finish = 0.1 has steps that train the whole model"),
-        ({"finish": 0.1, "rule": "checkpoint"}, "the baseline 'checkpoint' trains end to end all the time"),
+        ({"method": "glcan+finish", "memory": "1GiB"}, "steps that train the whole model, and memory = '1GiB'"),
+        ({"method": "checkpoint+finish"}, "has a finish, and 'checkpoint' trains the whole model all the time"),
+        ({"method": "glcan"}, "method = 'glcan' has no number of blocks; write glcan:4, or set --memory"),
+        ({"method": "e2e:4"}, "gives a number to 'e2e', which takes none"),
+        ({"method": "e2e+accumulate:9", "batch": 8}, "divides a batch in 9 parts, more than the images of batch = 8"),
+        ({"method": "selective", "cuts": ["layer2.0"]}, "cuts and recompute are for the blocks of local learning"),
+        ({"method": "e2e", "recompute": True}, "cuts and recompute are for the blocks of local learning"),
+        ({"cuda_graph": True, "task": "detection"}, "cuda_graph = true is not for detection"),
         ({"scale": 3}, "scale = 3 is for super-resolution, not for classification; leave --scale out"),
         ({"task": "super-resolution", "image_size": 32}, "image_size = 32 is for classification and detection"),
         ({"task": "super-resolution", "scale": 5}, "scale = 5: should be less than or equal to 4"),
@@ -54,7 +59,7 @@ from glcan.training.schedule import frozen_blocks, learning_rate, local_steps, s
         ),
         ({"schedule": "halving", "milestones": [0.5, 0.4]}, "each larger than the one before; set --milestones"),
         ({"schedule": "halving", "milestones": [1.0]}, "must be fractions between 0 and 1"),
-        ({"blocks": 4, "cuts": ["a"]}, "blocks = 4 contradicts 1 cuts, which make 2 blocks"),
+        ({"method": "glcan:4", "cuts": ["a"]}, "'glcan:4' contradicts 1 cuts, which make 2 blocks; write glcan:2"),
     ],
 )
 def test_wrong_settings(fields, message):
@@ -83,7 +88,7 @@ def test_differences_leave_out_the_place(tmp_path):
 
 
 def test_a_config_survives_json():
-    config = RunConfig(rule_options={"width": 0.5}, data_root="/data", val=0.25)
+    config = RunConfig(options={"width": 0.5}, data_root="/data", val=0.25)
     assert RunConfig(**config.model_dump(mode="json")) == config
 
 
@@ -93,7 +98,8 @@ def test_recipes(name):
     text = (recipe_folder() / f"{name}.toml").read_text()
     assert "Source" in text
     assert all("#" in line for line in text.splitlines() if line.startswith(("epochs", "batch", "lr", "warmup")))
-    assert config.rule == "glcan"
+    assert config.parsed.base == "glcan"
+    assert config.parsed.number > 1
     assert load_recipe(name, epochs=200).epochs == 200
 
 
@@ -106,6 +112,7 @@ def test_the_recipes_that_the_field_compares_on():
     cifar, stl = load_recipe("cifar10-resnet32"), load_recipe("stl10-resnet110")
     assert (cifar.lr, cifar.batch, cifar.weight_decay, cifar.epochs, cifar.nesterov) == (0.8, 1024, 1e-4, 400, True)
     assert (stl.lr, stl.batch) == (0.1, 128)
+    assert (cifar.method, stl.method) == ("glcan:16", "glcan:55")
 
 
 def test_the_recipe_of_edsr_is_the_papers():
@@ -180,47 +187,6 @@ def test_halving_at_the_milestones():
     assert rates(schedule="halving", warmup_epochs=1)[:8] == pytest.approx([0.4 * i / 8 for i in range(1, 8)] + [0.4])
 
 
-def test_blocks_freeze_one_after_the_other():
-    config = RunConfig(epochs=10, freeze=0.5)
-    assert [schedule_share(config, block, 3) for block in range(4)] == [0.5, 0.75, 1, 1]
-    assert schedule_share(config, 0, 1) == 1  # end-to-end training
-    frozen = [frozen_blocks(config, step, 8, 3) for step in range(80)]
-    assert frozen == [0] * 40 + [1] * 20 + [2] * 20
-    assert not any(frozen_blocks(RunConfig(epochs=10), step, 8, 3) for step in range(80))
-    assert not any(frozen_blocks(config, step, 8, 1) for step in range(80))
-    finished = RunConfig(epochs=10, freeze=0.5, finish=0.2)  # 64 steps before the finish
-    assert [frozen_blocks(finished, step, 8, 2) for step in range(64)] == [0] * 40 + [1] * 24
-    own = RunConfig(epochs=10, freeze=0.5, finish=0.2, finish_lr=0.1)
-    assert [frozen_blocks(own, step, 8, 2) for step in range(64)] == [0] * 32 + [1] * 32
-
-
-@pytest.mark.parametrize("freeze", [0.1, 0.3, 0.55, 0.7, 0.9])
-def test_a_block_that_is_not_frozen_has_a_learning_rate(freeze):
-    config = RunConfig(epochs=10, freeze=freeze)
-    for step, block in itertools.product(range(100), range(6)):
-        if block >= frozen_blocks(config, step, 10, 6):
-            assert 0 <= learning_rate(config, step / schedule_share(config, block, 6), 10) <= config.lr
-
-
-def test_the_schedule_goes_on_in_the_finish():
-    for schedule in ("cosine", "onecycle", "halving", "tenths"):
-        assert rates(finish=0.2, schedule=schedule) == rates(schedule=schedule)
-
-
-def test_a_finish_may_have_one_cycle_of_its_own():
-    values = rates(finish=0.2, warmup_epochs=0, finish_lr=0.2)
-    shorter = [learning_rate(RunConfig(epochs=8, lr=0.4, warmup_epochs=0), step, 7) for step in range(56)]
-    assert values[:56] == shorter  # the schedule comes to its end before
-    # 14 steps: up for 4.2 of them from 1/25 to the peak, then down
-    assert values[56] == pytest.approx(0.2 / 25)
-    assert max(values[56:]) == values[60] == pytest.approx(0.2, rel=0.02)
-    assert all(a < b for a, b in itertools.pairwise(values[56:61]))
-    assert all(a > b > 0 for a, b in itertools.pairwise(values[60:]))
-    assert max(rates(finish=0.2, finish_lr=0.04)[56:]) == pytest.approx(0.04, rel=0.02)
-    assert RunConfig(epochs=50, schedule="onecycle", finish=0.5, finish_lr=0.1).warmup == 7.5
-    assert (local_steps(RunConfig(epochs=1, finish=0.01), 3), local_steps(RunConfig(epochs=2), 3)) == (2, 6)
-
-
 def test_super_resolution_has_defaults_of_its_own():
     config = RunConfig(task="super-resolution")
     assert (config.model, config.model_options) == ("edsr_baseline", {"blocks": 8, "channels": 32})
@@ -242,6 +208,8 @@ def test_a_budget_of_memory_decides_the_blocks() -> None:
     assert RunConfig(memory="2GiB").memory == "2GiB"
     with pytest.raises(ConfigError, match="no unit"):
         RunConfig(memory="2")
-    for other in ({"blocks": 4}, {"cuts": ["layer2.0"]}, {"recompute": True}):
+    assert RunConfig(memory="2GiB").method == RunConfig(cuts=["layer2.0"]).method == "glcan"
+    assert RunConfig(memory="2GiB", method="glcan:8").parsed.number == 8
+    for other in ({"cuts": ["layer2.0", "layer3.0", "layer3.1"]}, {"recompute": True}):
         with pytest.raises(ConfigError, match="give one of the two"):
             RunConfig(memory="2GiB", **other)

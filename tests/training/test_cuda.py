@@ -40,11 +40,11 @@ RUNS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("cuda_graph", [False, True], ids=["", "recorded"])
-@pytest.mark.parametrize("rule", ["glcan", "checkpoint"])
+@pytest.mark.parametrize("method", ["glcan:4", "selective", "checkpoint"])
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_stops_and_goes_on(
     name: str,
-    rule: str,
+    method: str,
     cuda_graph: bool,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -55,8 +55,7 @@ def test_a_run_stops_and_goes_on(
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     defaults = scenes.Scenes.__init__.__kwdefaults__ | {"train": 24, "test": 6}
     monkeypatch.setattr(scenes.Scenes.__init__, "__kwdefaults__", defaults)
-    blocks = 4 if rule == "glcan" else None
-    config = RunConfig(**RUNS[name] | {"rule": rule, "blocks": blocks, "device": "auto", "cuda_graph": cuda_graph})
+    config = RunConfig(**RUNS[name] | {"method": method, "device": "auto", "cuda_graph": cuda_graph})
     whole = train(config, tmp_path / "whole", progress=False)
     assert whole.peak_bytes > 0
     before_step(4, lambda learner: os.kill(os.getpid(), signal.SIGINT))
@@ -71,7 +70,7 @@ def test_a_run_stops_and_goes_on(
 
 def test_a_recorded_run_learns_what_another_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
-    settings = RUNS["classification"] | {"blocks": 4, "device": "auto", "start": 0.3, "finish": 0.3, "epochs": 4}
+    settings = RUNS["classification"] | {"method": "glcan:4+start:0.3+finish:0.3", "device": "auto", "epochs": 4}
     found = [
         train(RunConfig(**settings, cuda_graph=cuda_graph), tmp_path / str(cuda_graph), progress=False)
         for cuda_graph in (False, True)

@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 
 from glcan.cli import app
 from glcan.data import scenes
-from glcan.errors import ConfigError, DataError, NonFiniteLoss
+from glcan.errors import ConfigError, DataError, NonFiniteLoss, UnknownName
+from glcan.report import costs
 from glcan.training import RunConfig, build, load_data, load_model, load_recipe, recipe_names, train
 from glcan.training.schedule import learning_rate
 
@@ -60,7 +61,7 @@ def test_a_run_and_its_metrics(tmp_path: Path) -> None:
 def test_an_interrupted_run_ends_as_if_never_interrupted(
     tmp_path: Path, step: int, before_step: Callable[..., None], same_run: Callable[[Path, Path], None]
 ) -> None:
-    config = few(rule="checkpoint", model="retinanet_small")
+    config = few(method="checkpoint", model="retinanet_small")
     train(config, tmp_path / "whole", progress=False)
     before_step(step, lambda learner: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
@@ -70,8 +71,8 @@ def test_an_interrupted_run_ends_as_if_never_interrupted(
 
 
 def test_checkpointing_learns_what_e2e_learns(tmp_path: Path, same_run: Callable[[Path, Path], None]) -> None:
-    for rule in ("e2e", "checkpoint"):
-        train(few(rule=rule), tmp_path / rule, progress=False)
+    for method in ("e2e", "checkpoint"):
+        train(few(method=method), tmp_path / method, progress=False)
     same_run(tmp_path / "e2e", tmp_path / "checkpoint")
 
 
@@ -87,8 +88,8 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path, before_step: Cal
 
 def test_what_does_not_fit_is_refused_before_training(tmp_path: Path) -> None:
     data = load_data(few())
-    with pytest.raises(ConfigError, match="'backbone' is for classification"):
-        build(few(rule="glcan", rule_options={"unit": "backbone", "joint": 0.0}), data)
+    with pytest.raises(UnknownName, match="Unknown option of 'glcan' 'look_ahead'"):  # is for classification
+        build(few(options={"look_ahead": 1}), data)
     with pytest.raises(ConfigError, match="cifar_resnet20.*(refuses|returned)"):
         build(few(model="cifar_resnet20", model_options={}), data)
     with pytest.raises(DataError, match="not in COCO's layout"):
@@ -104,8 +105,8 @@ def test_images_of_mixed_sizes_from_files(tmp_path: Path) -> None:
 
 
 def test_the_command_that_plans() -> None:
-    def found(*arguments: str, rule: str = "e2e") -> dict[str, Any]:
-        common = ["--task", "detection", "--rule", rule, "--batch", "2", "--json"]
+    def found(*arguments: str, method: str = "e2e") -> dict[str, Any]:
+        common = ["--task", "detection", "--method", method, "--batch", "2", "--json"]
         result = CliRunner().invoke(app, ["plan", *arguments, *common])
         assert result.exit_code == 0, result.output
         plan: dict[str, Any] = json.loads(result.output)
@@ -117,9 +118,10 @@ def test_the_command_that_plans() -> None:
     asked = found("fcos_small", "--image", "64x96", "--classes", "3", *own)
     assert asked["peak_bytes"] == small["peak_bytes"]  # the model does not resize what it is planned for
     assert found("fcos_small")["image"] == [96, 96]
-    for rule in ("dgl", "glcan"):
-        local = found("fcos_small", "--image", "160x160", "--blocks", "4", rule=rule)
-        assert (local["rule"], local["blocks"]) == (rule, 4)
+    for method in ("dgl:4", "glcan:4"):
+        local = found("fcos_small", "--image", "160x160", method=method)
+        assert (local["method"], local["family"], local["blocks"]) == (method, "local", 4)
+        assert local["auxiliary_parameters"] > 0
         assert local["vs_e2e"]["activation_ratio"] < 0.7
 
 
@@ -150,9 +152,11 @@ def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "none" in table
     assert "--top is not for the run's task 'detection'" in glcan("predict", "run", "a/one.jpg", "--top", "2", code=2)
     assert Path("elsewhere/one.png").is_file()
+    for name in ("MIN_ROUNDS", "MAX_ROUNDS", "WARMUP_ROUNDS"):
+        monkeypatch.setattr(costs, name, 1)
     glcan("compare", "detection", "--out", "compared", "--quiet", "--jobs", "1", *small)
     compared = json.loads(Path("compared/comparison.json").read_text())
-    assert [method["name"] for method in compared["methods"]] == ["e2e", "checkpoint", "dgl:4", "glcan:4"]
+    assert [method["name"] for method in compared["methods"]] == ["e2e", "checkpoint", "glcan:4", "selective"]
     assert compared["methods"][1]["metric"]["same_as"] == "e2e"
     assert {method["metric"]["name"] for method in compared["methods"]} == {"test_map"}
 

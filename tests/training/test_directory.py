@@ -30,8 +30,8 @@ def run(tiny, tmp_path) -> Path:
         ({}, False, RunError, "already holds the same run; add --resume"),
         ({"seed": 1}, False, RunError, r"already holds another run \(seed: 0 there, 1 asked\)"),
         ({"batch": 16}, True, RunError, r"other settings \(batch: 32 there, 16 asked\)"),
-        ({"rule": "e2e"}, True, CheckpointError, "another model or rule .*rule: 'glcan' there, 'e2e' asked"),
-        ({"model": "cifar_resnet20"}, True, CheckpointError, "another model or rule .*'tiny_model:tiny' there"),
+        ({"method": "e2e"}, True, CheckpointError, "another model or method .*method: 'glcan:2' there, 'e2e' asked"),
+        ({"model": "cifar_resnet20"}, True, CheckpointError, "another model or method .*'tiny_model:tiny' there"),
     ],
 )
 def test_a_directory_of_another_run_is_refused(tiny, run, fields, resume, error, message):

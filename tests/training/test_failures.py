@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from glcan.errors import ConfigError, DataError, GlcanError, NonFiniteLoss, UnknownName
+from glcan.errors import ConfigError, CutError, DataError, GlcanError, NonFiniteLoss, UnknownName
 from glcan.training import train
 
 
@@ -15,11 +15,11 @@ from glcan.training import train
     [
         ({"model": "cifar_resnet21"}, UnknownName, "Did you mean .*'cifar_resnet20'"),
         ({"data": "digit"}, UnknownName, "Did you mean 'digits'"),
-        ({"rule": "glcann"}, UnknownName, "Did you mean 'glcan'"),
+        ({"method": "glcann:2"}, UnknownName, "Did you mean 'glcan'"),
         ({"model": "tiny_model:colour_only"}, ConfigError, r"refuses images of 'digits' with .* \(1, 16, 16\)"),
         ({"model": "tiny_model:wrong_classes"}, ConfigError, r"gives \(2, 7\) .* needs scores of shape \(2, 10\)"),
-        ({"blocks": 99}, ConfigError, "99"),
-        ({"blocks": None, "cuts": ["9.conv"]}, GlcanError, "9.conv"),
+        ({"method": "glcan:99"}, CutError, "99"),
+        ({"cuts": ["9.conv"]}, GlcanError, "9.conv"),
         ({"device": "cuda:77"}, ConfigError, "cuda:77"),
         ({"val": 5000}, GlcanError, "5000"),
     ],

@@ -14,17 +14,18 @@ import torch
 from glcan.errors import RunError
 from glcan.training import RunDirectory, Summary, train, trainer
 
-MOMENTUM = {"unit": "backbone", "momentum": 0.9}
 SETTINGS = [
     pytest.param({}, id="glcan-sgd"),
-    pytest.param({"rule_options": MOMENTUM, "precision": "bf16", "clip_norm": 1.0}, id="glcan-momentum-bf16"),
-    pytest.param({"rule": "e2e", "optimizer": "adamw", "lr": 1e-3, "schedule": "onecycle"}, id="e2e-adamw-onecycle"),
-    pytest.param({"rule": "checkpoint", "channels_last": True}, id="checkpoint-nhwc"),
-    pytest.param({"freeze": 0.5, "blocks": 3}, id="a-block-freezes-before-the-stop"),
-    pytest.param({"start": 0.56}, id="start-ends-at-the-stop"),
-    pytest.param({"start": 0.8, "precision": "bf16", "clip_norm": 1.0}, id="stopped-in-the-start"),
-    pytest.param({"finish": 0.44}, id="finish-begins-at-the-stop"),
-    pytest.param({"finish": 0.5, "optimizer": "adam", "lr": 1e-3}, id="finish-begins-before-the-stop"),
+    pytest.param({"method": "man:2", "precision": "bf16", "clip_norm": 1.0}, id="man-bf16"),  # has momentum copies
+    pytest.param({"method": "e2e", "optimizer": "adamw", "lr": 1e-3, "schedule": "onecycle"}, id="e2e-adamw-onecycle"),
+    pytest.param({"method": "checkpoint", "channels_last": True}, id="checkpoint-nhwc"),
+    pytest.param({"method": "selective"}, id="selective"),
+    pytest.param({"method": "glcan:2+accumulate:2", "recompute": True}, id="glcan-accumulated-recomputed"),
+    pytest.param({"method": "glcan:3+freeze:0.5"}, id="a-block-freezes-before-the-stop"),
+    pytest.param({"method": "glcan:2+start:0.56"}, id="start-ends-at-the-stop"),
+    pytest.param({"method": "glcan:2+start:0.8", "precision": "bf16", "clip_norm": 1.0}, id="stopped-in-the-start"),
+    pytest.param({"method": "glcan:2+finish:0.44"}, id="finish-begins-at-the-stop"),
+    pytest.param({"method": "glcan:2+finish:0.5", "optimizer": "adam", "lr": 1e-3}, id="finish-begins-before-the-stop"),
 ]
 
 
@@ -108,10 +109,10 @@ def test_stopped_while_evaluating(tiny, tmp_path, monkeypatch, same_run):
 KILLED = """
 import json, os, signal, sys
 from pathlib import Path
-from glcan.learner import LocalLearner
+from glcan.learner import Learner
 from glcan.training import RunConfig, train
 
-step, taken = LocalLearner.step, 0
+step, taken = Learner.step, 0
 
 def counted(self, *batch):
     global taken
@@ -120,7 +121,7 @@ def counted(self, *batch):
         os.kill(os.getpid(), signal.SIGKILL)
     return step(self, *batch)
 
-LocalLearner.step = counted
+Learner.step = counted
 train(RunConfig(**json.loads(sys.argv[1])), Path(sys.argv[2]), progress=False)
 """
 

@@ -1,5 +1,6 @@
 """What a run leaves behind, and that it says what it did."""
 
+import itertools
 import json
 import os
 
@@ -47,7 +48,8 @@ def test_summary(summary, out, tiny):
     assert [metric.name for metric in summary.metrics] == ["accuracy", "accuracy_top5", "loss"]
     assert 0 <= summary.metric.value <= summary.metrics[1].value <= 1
     assert len(summary.val_metrics) == 3
-    assert (summary.blocks, len(summary.cuts), summary.steps, summary.seed) == (2, 1, 9, 0)
+    assert (summary.method, summary.blocks, len(summary.cuts)) == ("glcan:2", 2, 1)
+    assert (summary.steps, summary.seed) == (9, 0)
     assert summary.parameters == sum(p.numel() for p in load_model(out).parameters())
     assert summary.auxiliary_parameters > 0
     assert summary.classes == [str(digit) for digit in range(10)]
@@ -91,9 +93,10 @@ def test_the_weights_are_the_learners(summary, out):
     assert all(torch.equal(state[name], weights[name]) for name in weights)
 
 
-def test_build_begins_with_the_weights_of_the_seed_for_every_rule(tiny):
+def test_build_begins_with_the_weights_of_the_seed_for_every_method(tiny):
     data = load_data(tiny())
-    states = [build(tiny(rule=rule), data).model.state_dict() for rule in ("glcan", "e2e", "checkpoint")]
+    methods = ("glcan:2", "e2e", "checkpoint", "selective")
+    states = [build(tiny(method=method), data).model.state_dict() for method in methods]
     other = build(tiny(seed=1), data).model.state_dict()
     for name, tensor in states[0].items():
         assert all(torch.equal(tensor, state[name]) for state in states[1:])
@@ -102,16 +105,15 @@ def test_build_begins_with_the_weights_of_the_seed_for_every_rule(tiny):
 
 def test_frozen_blocks_keep_their_weights(tiny, tmp_path):
     """Blocks that ran through their schedule in one of two epochs, 3 steps each, stay as they are."""
-    alone = {"joint": 0.0}  # joint images would bring gradients from the last block, which goes on in the one run only
-    whole = train(tiny(epochs=2, freeze=0.5, rule_options=alone), tmp_path / "two", progress=False)
-    train(tiny(epochs=1, rule_options=alone), tmp_path / "one", progress=False)
+    whole = train(tiny(epochs=2, method="glcan:2+freeze:0.5"), tmp_path / "two", progress=False)
+    train(tiny(epochs=1), tmp_path / "one", progress=False)
     losses = [record["train_loss"] for record in read_metrics(tmp_path / "two")]
     assert [list(each) for each in losses] == [["block1", "block2"], ["block2"]]
     one, two = (load_model(tmp_path / name) for name in ("one", "two"))
     cut = whole.cuts[0]
     names = [name for name, _ in two.named_parameters()]
     first = names[: next(i for i, name in enumerate(names) if name.startswith(cut))]
-    warm = learning_rate(tiny(epochs=1), 0, 3) == learning_rate(tiny(epochs=2, freeze=0.5), 0, 3)
+    warm = learning_rate(tiny(epochs=1), 0, 3) == learning_rate(tiny(epochs=2), 0, 3)
     assert warm  # so that both runs are the same up to there
     assert all(torch.equal(one.get_parameter(name), two.get_parameter(name)) for name in first)
     assert any(not torch.equal(one.get_parameter(name), two.get_parameter(name)) for name in names[len(first) :])
@@ -119,9 +121,9 @@ def test_frozen_blocks_keep_their_weights(tiny, tmp_path):
 
 def test_the_start_trains_the_whole_model_and_the_auxiliary_networks_beside_it(tiny, tmp_path):
     """Its steps are those of end-to-end training; then the blocks go on, with the same optimizers."""
-    whole = tiny(start=1 / 3, warmup_epochs=0)
+    whole = tiny(method="glcan:2+start:0.34", warmup_epochs=0)  # 3 of 9 steps
     train(whole, tmp_path / "start", progress=False)
-    train(tiny(rule="e2e", warmup_epochs=0), tmp_path / "e2e", progress=False)
+    train(tiny(method="e2e", warmup_epochs=0), tmp_path / "e2e", progress=False)
     start, plain = (read_metrics(tmp_path / name) for name in ("start", "e2e"))
     assert [list(record["train_loss"]) for record in start] == [["block1", "block2"]] * 3
     assert start[0]["train_loss"]["block2"] == plain[0]["train_loss"]["block1"]
@@ -131,32 +133,46 @@ def test_the_start_trains_the_whole_model_and_the_auxiliary_networks_beside_it(t
     assert rates == [record["lr"] for record in plain]  # one schedule over the whole run
 
 
-def test_a_finish_with_a_cycle_of_its_own_trains_the_whole_model_with_a_new_optimizer(tiny, tmp_path):
-    config = tiny(finish=1 / 3, finish_lr=0.02)
+def test_a_finish_trains_the_whole_model_and_goes_on_with_its_optimizers(tiny, tmp_path):
+    """The last of three epochs is plain back-propagation from where local learning stood, with the same momentum."""
+    config = tiny(method="glcan:2+finish:0.34", warmup_epochs=0)  # 3 of 9 steps
     summary = train(config, tmp_path / "finish", progress=False)
-    train(tiny(epochs=2), tmp_path / "local", progress=False)
-    records, local = read_metrics(tmp_path / "finish"), read_metrics(tmp_path / "local")
-    assert [record["train_loss"] for record in records[:2]] == [record["train_loss"] for record in local]
-    assert records[2]["train_loss"].keys() == {"finish"}
-    assert (summary.blocks, len(summary.cuts), summary.auxiliary_parameters > 0) == (2, 1, True)
+    records = read_metrics(tmp_path / "finish")
+    assert [list(record["train_loss"]) for record in records] == [["block1", "block2"]] * 2 + [["finish"]]
+    assert (summary.method, summary.blocks, len(summary.cuts)) == ("glcan:2+finish:0.34", 2, 1)
+    assert summary.auxiliary_parameters > 0
 
-    model, data = load_model(tmp_path / "local").train(), load_data(config)
-    checkpoint.set_rng_state(checkpoint.load(tmp_path / "local" / "checkpoint.pt")["rng"], torch.device("cpu"))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
-    for step, (images, labels) in enumerate(data.loader("train", config.batch, epoch=2)):
-        optimizer.param_groups[0]["lr"] = learning_rate(config, 6 + step, 3)
-        torch.nn.functional.cross_entropy(model(images), labels).backward()
+    data = load_data(config)
+    learner = build(config, data)
+    checkpoint.seed_all(config.seed)
+    rates = [learning_rate(config, step, 3) for step in range(9)]
+    batches = itertools.chain.from_iterable(data.loader("train", config.batch, epoch=epoch) for epoch in range(2))
+    for rate, batch in zip(rates, batches, strict=False):
+        set_rate(learner.optimizers, rate)
+        learner.step(*batch)
+    optimizer = torch.optim.SGD(learner.model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
+    for one in learner.optimizers:
+        optimizer.state.update({p: state for p, state in one.state.items() if p in set(learner.model.parameters())})
+    for rate, (images, labels) in zip(rates[6:], data.loader("train", config.batch, epoch=2), strict=True):
+        set_rate([optimizer], rate)
+        torch.nn.functional.cross_entropy(learner.model(images), labels).backward()
         optimizer.step()
         optimizer.zero_grad()
     finished = load_model(tmp_path / "finish").state_dict()
-    assert all(torch.equal(finished[name], tensor) for name, tensor in model.state_dict().items())
+    for name, tensor in learner.model.state_dict().items():
+        torch.testing.assert_close(finished[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def set_rate(optimizers, rate):
+    for settings in itertools.chain.from_iterable(optimizer.param_groups for optimizer in optimizers):
+        settings["lr"] = rate
 
 
 @pytest.mark.parametrize("optimizer", [{"optimizer": "sgd"}, {"optimizer": "adamw", "lr": 1e-3}])
 def test_a_finish_goes_on_with_schedule_and_momentum(tiny, tmp_path, optimizer):
     """One block learns as the whole model does, so that its finish is nothing new."""
-    train(tiny(blocks=1, **optimizer), tmp_path / "plain", progress=False)
-    summary = train(tiny(blocks=1, finish=0.44, **optimizer), tmp_path / "finish", progress=False)
+    train(tiny(method="glcan:1", **optimizer), tmp_path / "plain", progress=False)
+    summary = train(tiny(method="glcan:1+finish:0.44", **optimizer), tmp_path / "finish", progress=False)
     assert summary.train_loss.keys() == {"finish"}
     records = [read_metrics(tmp_path / name) for name in ("plain", "finish")]
     compared = [[(record["lr"], record["val_loss"]) for record in run] for run in records]
@@ -166,7 +182,7 @@ def test_a_finish_goes_on_with_schedule_and_momentum(tiny, tmp_path, optimizer):
 
 
 def test_an_epoch_in_which_the_finish_begins_has_the_losses_of_both(tiny, tmp_path):
-    train(tiny(epochs=1, finish=1 / 3), tmp_path, progress=False)
+    train(tiny(epochs=1, method="glcan:2+finish:0.34"), tmp_path, progress=False)
     losses = read_metrics(tmp_path)[0]["train_loss"]
     assert list(losses) == ["block1", "block2", "finish"]
     assert all(0.5 < loss < 4 for loss in losses.values())  # means, of ten classes
@@ -175,7 +191,7 @@ def test_an_epoch_in_which_the_finish_begins_has_the_losses_of_both(tiny, tmp_pa
 def test_label_smoothing_reaches_the_loss(tiny):
     data = load_data(tiny())
     images, labels = next(iter(data.loader("train", 32)))
-    plain, smooth = (build(tiny(rule="e2e", label_smoothing=s, seed=3), data) for s in (0.0, 0.5))
+    plain, smooth = (build(tiny(method="e2e", label_smoothing=s, seed=3), data) for s in (0.0, 0.5))
     torch.manual_seed(0)
     first = plain.backward(images, labels)
     torch.manual_seed(0)
@@ -184,7 +200,7 @@ def test_label_smoothing_reaches_the_loss(tiny):
 
 def test_evaluate_agrees_with_counting_and_leaves_no_trace(tiny):
     data = load_data(tiny())
-    model = build(tiny(rule="e2e"), data).model.train()
+    model = build(tiny(method="e2e"), data).model.train()
     before, rng = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
     metrics = evaluate(model, data, "test", batch=100)
     assert model.training
@@ -224,7 +240,8 @@ def test_weights_of_another_model(tiny, tmp_path, suffix):
     from safetensors.torch import save_model
 
     data = load_data(tiny())
-    model, other = (build(tiny(rule="e2e", model=name), data).model for name in ("tiny_model:tiny", "cifar_resnet20"))
+    models = ("tiny_model:tiny", "cifar_resnet20")
+    model, other = (build(tiny(method="e2e", model=name), data).model for name in models)
     path = tmp_path / f"weights.{suffix}"
     if suffix == "pt":
         torch.save(other.state_dict(), path)
@@ -240,10 +257,12 @@ def test_weights_of_another_model(tiny, tmp_path, suffix):
 
 
 def test_lines_of_progress(tiny, tmp_path, capsys):
-    train(tiny(), tmp_path / "shown")
+    summary = train(tiny(), tmp_path / "shown")
     train(tiny(epochs=1), tmp_path / "silent", progress=False)
     captured = capsys.readouterr()
-    lines = captured.err.splitlines()
+    first, *lines = captured.err.splitlines()
+    assert first.startswith("glcan:2 (local) of Sequential: ")
+    assert f" {summary.auxiliary_parameters:,} " in first
     assert len(lines) == 3
     assert lines[0].startswith("epoch 1/3  lr 0.04")
     assert "val accuracy" in lines[0]

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from glcan import rules
+from glcan import strategies
 from glcan.errors import RunError, UnknownName
 from glcan.training import RunDirectory, train
 from glcan.training.progress import Board
@@ -38,14 +38,14 @@ def test_each_call_has_its_result_and_its_part_of_the_threads():
 
 def test_errors_are_handed_over_and_the_other_calls_are_made():
     calls = [
-        partial(rules.create, "glcann"),
+        partial(strategies.parse_method, "glcann:4"),
         partial(signal.raise_signal, signal.SIGKILL),
         partial(sys.exit, 3),
         partial(math.factorial, 4),
     ]
     results = dict(completed(calls, 2))
     with pytest.raises(UnknownName) as unknown:
-        rules.create("glcann")
+        strategies.parse_method("glcann:4")
     assert (type(results[0]), str(results[0]), results[0].near) == (
         UnknownName,
         str(unknown.value),
@@ -99,7 +99,7 @@ def test_calls_end_with_the_process_that_made_them(tmp_path, number):
 
 
 def test_the_board_says_how_far_runs_are(tiny, tmp_path, capsys):
-    first, second = tiny(), tiny(epochs=2, rule="e2e")
+    first, second = tiny(), tiny(epochs=2, method="e2e")
     board = Board([("one", first, tmp_path / "1"), ("two", second, tmp_path / "2")], progress=True)
     with board:
         board.update([0, 1])

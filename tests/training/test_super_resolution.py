@@ -40,7 +40,7 @@ def tiny(photos):
             "batch": 3,
             "val": 2,
             "epochs": 3,
-            "rule": "e2e",
+            "method": "e2e",
             "device": "cpu",
         }
         return RunConfig(**(defaults | fields))
@@ -65,7 +65,7 @@ def test_a_run_ends_with_psnr_ssim_and_bicubic(tiny, tmp_path):
 
 def test_checkpointing_computes_what_end_to_end_does(tiny, tmp_path, same_run):
     train(tiny(), tmp_path / "e2e", progress=False)
-    train(tiny(rule="checkpoint"), tmp_path / "checkpoint", progress=False)
+    train(tiny(method="checkpoint"), tmp_path / "checkpoint", progress=False)
     same_run(tmp_path / "e2e", tmp_path / "checkpoint")
 
 

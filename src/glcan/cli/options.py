@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import tomllib
@@ -13,6 +14,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import typer
 
 from glcan.errors import ConfigError
+from glcan.strategies import parse_method
 from glcan.training import RunConfig, RunDirectory, read_recipe
 from glcan.training.config import flag
 
@@ -84,7 +86,7 @@ def configure(
     """A configuration: what was given over the recipe, or over the settings of a run, over the defaults.
 
     Another method comes without the cuts and options that the recipe has for its own; cuts and a budget of memory
-    replace each other. The task is the recipe's, unless another one is given.
+    replace each other, and the number of blocks. The task is the recipe's, unless another one is given.
 
     Raises:
         ConfigError, UnknownName: the recipe or the settings cannot be used.
@@ -104,6 +106,8 @@ def configure(
         base = {name: value for name, value in base.items() if name not in ("cuts", "options", "memory")}
     if given.keys() & {"cuts", "memory"}:
         base = {name: value for name, value in base.items() if name not in ("cuts", "memory")}
+        if "method" in base:  # the number of blocks, too, is decided anew
+            base["method"] = str(dataclasses.replace(parse_method(base["method"]), number=None))
     merged = {
         name: base[name] | value if isinstance(value, dict) and isinstance(base.get(name), dict) else value
         for name, value in given.items()

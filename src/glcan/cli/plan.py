@@ -34,8 +34,12 @@ def plan(
     classes: Annotated[int | None, typer.Option(help="Number of classes. [default: the model's own]")] = None,
     channels: Annotated[int, typer.Option(help="Channels of the images.")] = 3,
     method: Annotated[
-        str, typer.Option(help="glcan:4, selective, checkpoint, e2e+accumulate:8, ...; see `glcan methods`.")
-    ] = "glcan:4",
+        str | None,
+        typer.Option(
+            help="glcan:4, selective, checkpoint, e2e+accumulate:8, ...; see `glcan methods`. \\[default: glcan:4; glcan "
+            "with --cuts or --memory, which decide the number of blocks]"
+        ),
+    ] = None,
     option: Annotated[
         list[str] | None, typer.Option("--option", metavar="KEY=VALUE", help="Option of the method.")
     ] = None,
@@ -44,7 +48,7 @@ def plan(
         str | None,
         typer.Option(
             metavar="SIZE",
-            help="Budget for the peak, as 8GiB or 8GB; with --method glcan: as many blocks as are cheapest within it.",
+            help="Budget for the peak, as 8GiB or 8GB; glcan without a number has as many blocks as are cheapest.",
         ),
     ] = None,
     max_batch: Annotated[
@@ -78,6 +82,8 @@ def plan(
         raise ConfigError(f"--batch is {batch}; it must be at least 2, because normalisation layers need two images.")
     if max_batch and memory is None:
         raise ConfigError("--max-batch needs a budget: --memory 8GiB.")
+    if method is None:
+        method = "glcan:4" if cuts is None and memory is None else "glcan"
     parsed = parse_method(method)
     if parsed.phased:
         raise ConfigError(f"--method {method} has phases; plan '{parsed.core}' and the phases' own methods one by one.")
@@ -153,7 +159,7 @@ def plan(
         network,
         the_task,
         the_task.example(batch, channels, size),
-        method=method if names is None or parsed.number is not None else parsed.base,
+        method=method,
         cuts=names,
         memory=limit,
         recompute=recompute,

@@ -81,10 +81,12 @@ def plan(
 
 
 def _baselines(chosen: Forecast, images: int, accumulate: int) -> list[str]:
-    """What a plan is compared with by default: the other families, accumulating as the plan does."""
+    """What a plan is compared with by default: end-to-end training, and the other families, accumulating as it does."""
     suffix = "" if accumulate == 1 else f"+accumulate:{accumulate}"
     names = [f"{name}{suffix}" for name in (*strategies.EXACT, *strategies.SAMPLED)]
     parts = min(4, images // 2)  # of two images at least, for BatchNorm
-    if parts > 1 and accumulate == 1:
+    if accumulate > 1:
+        names.insert(0, "e2e")
+    elif parts > 1:
         names.insert(len(strategies.EXACT), f"e2e+accumulate:{parts}")
     return names

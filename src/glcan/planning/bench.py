@@ -104,13 +104,13 @@ class Bench:
         with self.context():
             learner = self._build(parsed, options, wanted or Wanted())
             cost = measure_step(learner, *self.batch)
-            step = learner.describe()
             for optimizer in learner.optimizers if self.mode is not None else ():
                 self._state.update(optimizer.state)
             step = learner.describe()
         self._forget_gradients()
         extra = sum(p.numel() for p in learner.auxiliary.parameters())
-        return Forecast(str(parsed), learner.strategy.family, dict(options or {}), learner.plan, cost, extra, step)
+        name, family = str(learner.method), learner.strategy.family
+        return Forecast(name, family, dict(options or {}), learner.plan, cost, extra, step)
 
     def costs(self, methods: Sequence[str]) -> dict[str, StepCost]:
         """The costs of methods in their default form: one learner for all, where they are exact."""

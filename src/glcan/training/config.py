@@ -102,7 +102,8 @@ class RunConfig(BaseModel):
     cuts: list[str] | None = None
     """Names of the units at which a new block begins, in the order of execution; default: as the memory is smallest."""
     memory: str | None = None
-    """Budget for the peak of a step, such as 8GiB: with method glcan, as many blocks as are cheapest within it."""
+    """Budget for the peak of a step, such as 8GiB: with method glcan, which is the default then, as many blocks as are
+    cheapest within it."""
     recompute: bool = False
     """Activation checkpointing inside all blocks: less memory, about a third more compute."""
     units: list[str] | None = None
@@ -277,10 +278,12 @@ def flag(name: str) -> str:
 
 
 def _with_task_defaults(values: Any) -> Any:
-    """What was given over the task's own defaults."""
+    """What was given over the task's own defaults; cuts and a budget decide the number of blocks, not the default."""
     if not isinstance(values, dict):
         return values
     defaults = TASK_DEFAULTS.get(str(values.get("task")), {})
+    if any(values.get(name) is not None for name in ("cuts", "memory")):
+        defaults = defaults | {"method": "glcan"}
     if "model" in values:
         defaults = {name: value for name, value in defaults.items() if name != "model_options"}
     return defaults | values

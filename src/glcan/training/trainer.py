@@ -101,9 +101,9 @@ class _Training:
         self.history: list[dict[str, Any]] = []
         self.stop = Stop()
         self.plan, self.auxiliary_parameters = learner.plan, _count(learner.auxiliary)
-        # with the number of blocks that the plan has, where a budget decided it
-        method = replace(config.parsed, number=learner.method.number)
-        self.phases = phases_of(method, config.epochs * self.steps_per_epoch, learner.plan.blocks)
+        # with the number of blocks that the plan has, where cuts or a budget decided it
+        self.method = replace(config.parsed, number=learner.method.number)
+        self.phases = phases_of(self.method, config.epochs * self.steps_per_epoch, learner.plan.blocks)
         self.phase: RunPhase | None = None
         self._pending: tuple[int, int, list[str], Tensor, torch.cuda.Event | None] | None = None
         self._started = time.monotonic()
@@ -350,7 +350,7 @@ class _Training:
             val_metrics=_metrics(measures.units, last, "val"),
             train_loss=last["train_loss"],
             seed=self.config.seed,
-            method=str(self.config.parsed),
+            method=str(self.method),
             epochs=self.config.epochs,
             steps=state.step,
             blocks=self.plan.blocks,

@@ -10,11 +10,12 @@ import torch
 from glcan import measure_step
 from glcan.errors import ConfigError, CutError, NonFiniteLoss, RunError, UnknownName
 from glcan.report import compare, costs
-from glcan.report.compare import _configs
-from glcan.report.methods import parse_methods
+from glcan.report.comparison import _configs
+from glcan.strategies import parse_method, parse_methods
 from glcan.training import RunConfig, build, load_data, read_metrics
+from glcan.training.phases import phases_of
 
-METHODS = ["e2e", "checkpoint", "glcan:2"]
+METHODS = ["e2e", "checkpoint", "glcan:2", "selective"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -34,7 +35,6 @@ def tiny(**changes):
         "limit": 96,
         "val": 32,
         "lr": 0.05,
-        "rule_options": {"joint": 0.0},  # auxiliary networks in all blocks but the last
     }
     return RunConfig(**(settings | {"device": "cpu"} | changes))
 
@@ -58,8 +58,8 @@ def test_the_json_file_holds_what_was_returned_with_the_promised_keys(done):
     assert [method["name"] for method in result["methods"]] == METHODS
     for method in result["methods"]:
         assert method.keys() >= {
-            "name", "blocks", "metric", "peak_bytes", "activation_peak_bytes", "step_seconds", "flops_per_step",
-            "parameters", "auxiliary_parameters", "vs_e2e",
+            "name", "family", "blocks", "metric", "peak_bytes", "activation_peak_bytes", "step_seconds",
+            "flops_per_step", "parameters", "auxiliary_parameters", "cuts", "by_kind", "curve", "vs_e2e",
         }  # fmt: skip
         assert method["metric"].keys() >= {"name", "mean", "std", "values"}
         assert method["vs_e2e"].keys() == {
@@ -106,15 +106,18 @@ def test_metrics_are_those_of_the_runs_with_sample_standard_deviation(done):
 
 
 def test_costs_are_related_to_end_to_end(done):
-    e2e, checkpoint, local = done[0]["methods"]
+    e2e, checkpoint, local, selective = done[0]["methods"]
+    assert [method["family"] for method in done[0]["methods"]] == ["exact", "exact", "local", "sampled"]
     assert e2e["vs_e2e"] == {
         "metric_delta": 0.0, "peak_ratio": 1.0, "activation_ratio": 1.0, "time_ratio": 1.0, "flops_ratio": 1.0,
     }  # fmt: skip
     assert checkpoint["vs_e2e"]["flops_ratio"] > 1.2
-    assert checkpoint["parameters"] == local["parameters"] == e2e["parameters"]
-    assert checkpoint["auxiliary_parameters"] == e2e["auxiliary_parameters"] == 0 < local["auxiliary_parameters"]
-    assert (e2e["blocks"], local["blocks"], len(local["cuts"])) == (1, 2, 1)
-    for method in (checkpoint, local):
+    assert selective["vs_e2e"]["flops_ratio"] == pytest.approx(1, abs=0.1)
+    assert len({method["parameters"] for method in done[0]["methods"]}) == 1
+    assert local["auxiliary_parameters"] > 0
+    assert not any(method["auxiliary_parameters"] for method in (e2e, checkpoint, selective))
+    assert (e2e["blocks"], local["blocks"], len(local["cuts"]), selective["blocks"]) == (1, 2, 1, 1)
+    for method in (checkpoint, local, selective):
         assert method["activation_peak_bytes"] < e2e["activation_peak_bytes"]
         assert method["vs_e2e"]["peak_ratio"] == method["peak_bytes"] / e2e["peak_bytes"]
         assert sum(method["by_kind"].values()) == method["peak_bytes"]
@@ -125,6 +128,13 @@ def test_the_curve_is_validation_accuracy_per_epoch_and_seed(done):
     curve = done[0]["methods"][2]["curve"]
     assert (curve["name"], curve["unit"], curve["epochs"]) == ("val_accuracy", "fraction", [1, 2])
     assert [len(values) for values in curve["values"]] == [2, 2]
+
+
+def test_a_local_run_has_the_losses_of_its_blocks_and_others_have_one(done):
+    losses = {name: read_metrics(done[1] / name.replace(":", "-") / "seed0")[-1]["train_loss"] for name in METHODS}
+    assert {name: list(found) for name, found in losses.items()} == {
+        "e2e": ["block1"], "checkpoint": ["block1"], "glcan:2": ["block1", "block2"], "selective": ["block1"],
+    }  # fmt: skip
 
 
 def test_the_document_and_the_plots_are_beside_it(done):
@@ -153,7 +163,7 @@ def test_asking_again_reuses_the_runs_and_gives_the_same_metrics(done):
     [
         ({"lr": 0.02}, METHODS, [0, 3], "lr: 0.05 there, 0.02 asked"),
         ({"model": "cifar_resnet32"}, METHODS, [0, 3], "cifar_resnet20"),
-        ({}, ["e2e", "glcan:2"], [0, 3], "checkpoint"),
+        ({}, ["e2e", "glcan:2", "selective"], [0, 3], "checkpoint"),
         ({}, METHODS, [0], "more seeds"),
     ],
 )
@@ -186,34 +196,34 @@ def test_methods_and_seeds_can_be_added_and_the_train_loss_stands_in_for_validat
 
 
 def test_a_finish_has_the_larger_memory_and_its_share_of_the_costs(tmp_path):
-    methods = ["e2e", "checkpoint", "glcan:2", "glcan:2+finish"]
-    done = compare(tiny(epochs=1, limit=128, finish=0.25), methods, [0], tmp_path, progress=False, share_exact=True)
+    methods = ["e2e", "checkpoint", "glcan:2", "glcan:2+finish:0.25"]
+    done = compare(tiny(epochs=1, limit=128), methods, [0], tmp_path, progress=False, share_exact=True)
     _, checkpoint, local, finish = done["methods"]
     assert finish["flops_per_step"] == round(0.75 * local["flops_per_step"] + 0.25 * checkpoint["flops_per_step"])
     for kind in ("peak_bytes", "activation_peak_bytes"):
         assert finish[kind] == max(local[kind], checkpoint[kind])
     assert (finish["blocks"], finish["cuts"]) == (2, local["cuts"])
     assert finish["auxiliary_parameters"] == local["auxiliary_parameters"]
-    losses = [read_metrics(tmp_path / folder / "seed0")[0]["train_loss"] for folder in ("glcan-2", "glcan-2+finish")]
+    folders = [parse_method(method).folder for method in methods[2:]]
+    losses = [read_metrics(tmp_path / folder / "seed0")[0]["train_loss"] for folder in folders]
     assert [list(each) for each in losses] == [["block1", "block2"], ["block1", "block2", "finish"]]
 
 
 def test_a_start_has_its_share_of_the_costs(tmp_path):
-    methods = ["e2e", "glcan:2", "glcan:2+start"]
-    done = compare(tiny(epochs=1, limit=128, start=0.25), methods, [0], tmp_path, progress=False)
+    methods = ["e2e", "glcan:2", "glcan:2+start:0.25"]
+    done = compare(tiny(epochs=1, limit=128), methods, [0], tmp_path, progress=False)
     _, local, start = done["methods"]
-    learner = build(tiny(rule="glcan", blocks=2), load_data(tiny()))
+    learner = build(tiny(method="glcan:2"), load_data(tiny()))
     batch = next(iter(load_data(tiny()).loader("train", tiny().batch)))
-    beginning = measure_step(costs.enter(learner, costs.START), *batch)
-    assert learner.end_to_end
+    beginning = measure_step(costs.enter(learner, phases_of(parse_method(methods[2]), 4, 2)[0]), *batch)
     assert beginning.flops > 1.2 * local["flops_per_step"]
     assert start["flops_per_step"] == round(0.75 * local["flops_per_step"] + 0.25 * beginning.flops)
     assert start["peak_bytes"] == max(local["peak_bytes"], beginning.peak_bytes)
 
 
-def test_a_finish_that_no_method_has_is_told(tmp_path, capsys):
-    compare(tiny(epochs=1, finish=0.25), ["e2e"], [0], tmp_path)
-    assert "finish = 0.25 is for methods with +finish, of which there are none" in capsys.readouterr().err
+def test_options_that_no_method_takes_are_told(tmp_path, capsys):
+    compare(tiny(epochs=1, options={"width": 0.5}), ["e2e"], [0], tmp_path)
+    assert "options = {'width': 0.5} are for 'glcan', which is no method here: left out" in capsys.readouterr().err
 
 
 def test_a_folder_with_other_files_and_a_file_are_refused(tmp_path):
@@ -246,7 +256,7 @@ def test_a_damaged_request_is_refused(tmp_path):
         ({}, METHODS, [], ConfigError, "at least one seed"),
         ({}, METHODS, [1, 2, 1], ConfigError, "Seed 1 is named more than once"),
         ({}, METHODS, [-1], ConfigError, "seed"),
-        ({"cuts": ["layer2.0", "layer3.0"]}, METHODS, [0], ConfigError, "'glcan:3'"),
+        ({"method": "glcan:3", "cuts": ["layer2.0", "layer3.0"]}, METHODS, [0], ConfigError, "'glcan:3'"),
         ({"model": "cifar_resnet21"}, METHODS, [0], UnknownName, "cifar_resnet20"),
     ],
 )
@@ -256,34 +266,29 @@ def test_what_cannot_work_fails_before_anything_is_written(tmp_path, changes, me
     assert not (tmp_path / "out").exists()
 
 
-def test_own_cuts_go_to_the_rule_that_has_as_many_blocks():
-    methods = parse_methods(["e2e", "glcan:2"])
-    configs = _configs(tiny(cuts=["layer2.0"], rule_options={"width": 0.5}), methods, [5])[5]
-    assert (configs[methods[0]].rule_options, configs[methods[1]].rule_options) == ({}, {"width": 0.5})
-    assert (configs[methods[0]].cuts, configs[methods[0]].rule, configs[methods[0]].seed) == (None, "e2e", 5)
-    assert (configs[methods[1]].cuts, configs[methods[1]].blocks) == (["layer2.0"], 2)
+def test_own_cuts_and_options_go_to_the_methods_of_the_same_name():
+    methods = parse_methods(["e2e", "glcan:2", "glcan:2+start", "dgl:4"])
+    configs = _configs(tiny(method="glcan", cuts=["layer2.0"], options={"width": 0.5}), methods, [5])[5]
+    assert [configs[method].options for method in methods] == [{}, {"width": 0.5}, {"width": 0.5}, {}]
+    assert [configs[method].cuts for method in methods] == [None, ["layer2.0"], ["layer2.0"], None]
+    assert [configs[method].method for method in methods] == ["e2e", "glcan:2", "glcan:2+start:0.3", "dgl:4"]
+    assert {config.seed for config in configs.values()} == {5}
 
 
 def test_frozen_blocks_cost_less(tmp_path):
-    done = compare(tiny(epochs=1, limit=128, freeze=0.5), ["e2e", "glcan:3"], [0], tmp_path, progress=False)
-    plain = compare(tiny(epochs=1, limit=128), ["e2e", "glcan:3"], [0], tmp_path / "plain", progress=False)
-    for one, other in zip(done["methods"], plain["methods"], strict=True):
-        assert one["activation_peak_bytes"] == other["activation_peak_bytes"]
-    assert done["methods"][0]["flops_per_step"] == plain["methods"][0]["flops_per_step"]
-    assert done["methods"][1]["flops_per_step"] < 0.9 * plain["methods"][1]["flops_per_step"]
+    methods = ["glcan:3", "glcan:3+freeze:0.5"]
+    done = compare(tiny(epochs=1, limit=128), methods, [0], tmp_path, progress=False)
+    plain, frozen = done["methods"]
+    assert frozen["activation_peak_bytes"] == plain["activation_peak_bytes"]
+    assert frozen["flops_per_step"] < 0.9 * plain["flops_per_step"]
 
 
-def test_the_kinds_of_steps_and_their_shares():
-    config = tiny(freeze=0.5)
-    assert costs.phases(config, 1) == {0: 1}
-    assert costs.phases(config, 3) == {0: 0.5, 1: 0.25, 2: 0.25}
-    assert costs.phases(tiny(), 3) == {0: 1}
-    assert costs.phases(tiny(freeze=0.5, finish=0.25), 2) == {0: 0.5, 1: 0.25, costs.FINISH: 0.25}
-    assert costs.phases(tiny(freeze=0.8, finish=0.25), 3) == {0: 0.75, costs.FINISH: 0.25}
-    assert costs.phases(tiny(freeze=0.5, finish=0.5, finish_lr=0.1), 2) == {0: 0.25, 1: 0.25, costs.FINISH: 0.5}
-    both = tiny(start=0.25, freeze=0.5, finish=0.5, finish_lr=0.1)
-    assert costs.phases(both, 2) == {costs.START: 0.25, 1: 0.25, costs.FINISH: 0.5}
-    assert costs.phases(tiny(start=0.25), 3) == {costs.START: 0.25, 0: 0.75}
+def test_accumulation_is_a_method_of_its_own(tmp_path):
+    done = compare(tiny(epochs=1, limit=64), ["e2e", "e2e+accumulate:4"], [0], tmp_path, progress=False)
+    plain, accumulated = done["methods"]
+    assert (accumulated["name"], accumulated["family"], accumulated["blocks"]) == ("e2e+accumulate:4", "exact", 1)
+    assert accumulated["activation_peak_bytes"] < 0.5 * plain["activation_peak_bytes"]
+    assert accumulated["flops_per_step"] == pytest.approx(plain["flops_per_step"], rel=0.01)
 
 
 def test_every_learner_takes_its_turn_in_each_round():

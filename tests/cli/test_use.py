@@ -1,0 +1,91 @@
+"""`glcan evaluate` and `glcan predict`: what a finished run is good for."""
+
+import json
+
+import pytest
+import torch
+
+from glcan.data import load
+from glcan.training import RunDirectory
+
+
+def test_evaluate_equals_the_summary(glcan, finished):
+    result = glcan("evaluate", finished, "--json")
+    assert result.exit_code == 0, result.output
+    summary, values = RunDirectory(finished).read_summary(), json.loads(result.stdout)
+    assert {metric.name: values[metric.name] for metric in summary.metrics} == {
+        m.name: m.value for m in summary.metrics
+    }
+    assert (values["split"], values["images"]) == ("test", 359)
+    on_val = json.loads(glcan("evaluate", finished, "--split", "val", "--json").stdout)
+    assert on_val["accuracy"] == summary.val_metrics[0].value
+
+
+def test_evaluate_weights_of_a_model(glcan, finished, tmp_path):
+    state = torch.load(finished / "checkpoint.pt", weights_only=True)["learner"]["model"]
+    torch.save(state, tmp_path / "weights.pth")
+    result = glcan("evaluate", "--model", "cifar_resnet20", "--weights", tmp_path / "weights.pth", "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    accuracy = RunDirectory(finished).read_summary().metric.value
+    assert f"{100 * accuracy:.2f} %" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "name the directory of a run, or give --model and --weights"),
+        (["nowhere"], "nowhere is no directory of a run"),
+        (["--model", "cifar_resnet20", "--weights", "nowhere.pt"], "no weights at nowhere.pt"),
+    ],
+)
+def test_evaluate_without_weights(glcan, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    result = glcan("evaluate", *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+def test_evaluate_another_model(glcan, finished):
+    result = glcan("evaluate", finished, "--model", "cifar_resnet32")
+    assert result.exit_code == 2
+    assert "do not fit the model CifarResNet" in result.stderr
+
+
+def test_predict(glcan, finished, digits):
+    result = glcan("predict", finished, *digits, "--top", 2, "--json", "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    predictions = json.loads(result.stdout)["predictions"]
+    assert [prediction["file"] for prediction in predictions] == [str(digit) for digit in digits]
+    for prediction in predictions:
+        first, second = (entry["probability"] for entry in prediction["classes"])
+        assert 0 <= second <= first <= 1
+        assert prediction["classes"][0]["class"] in load("digits").classes
+
+
+def test_predict_prepares_images_as_evaluation_does(glcan, finished, digits):
+    from glcan.data import read_images
+    from glcan.training import load_model
+
+    summary = RunDirectory(finished).read_summary()
+    with torch.inference_mode():
+        expected = load_model(finished)(read_images(digits, summary.preprocessing)).softmax(1)
+    result = glcan("predict", finished, *digits, "--top", 10, "--json")
+    for row, prediction in zip(expected, json.loads(result.stdout)["predictions"], strict=True):
+        found = {entry["class"]: entry["probability"] for entry in prediction["classes"]}
+        assert [found[name] for name in summary.classes] == pytest.approx(row.tolist(), abs=1e-6)
+
+
+def test_predict_prints_a_table(glcan, finished, digits):
+    result = glcan("predict", finished, digits[0])
+    assert result.exit_code == 0
+    assert "0.png" in result.output
+    assert "%)" in result.output
+
+
+def test_predict_on_what_is_no_image(glcan, finished, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    for name in ("broken.png", "missing.png"):
+        result = glcan("predict", finished, tmp_path / name)
+        assert result.exit_code == 2
+        assert name in result.stderr
+        assert result.stderr.startswith("error: ")
