@@ -330,13 +330,14 @@ class _Normalised(torch.autograd.Function):
         if weights is None:
             weights = torch.ones(len(x), device=x.device)
         weights = weights.to(mean.dtype)
-        # sums of w y and w y^2 [C], from those of x and x^2 of each image [n, C]
+        # sums of w y and w (y^2 + eps / deviation^2) [C], from those of x and x^2 of each image [n, C]; with the eps, the
+        # latter is the number of values where all images are there
         places = list(range(2, x.dim()))
         square = weights @ _sum(x * x, places, mean.dtype)
         first = weights @ _sum(x, places, mean.dtype)
         count = weights.sum() * (x.numel() // (x.shape[0] * x.shape[1]))
         y1 = (first - count * mean) * scale
-        y2 = (square - 2 * mean * first + count * mean.square()) * scale.square()
+        y2 = (square - 2 * mean * first + count * (mean.square() + ctx.eps)) * scale.square()
         y2 = torch.maximum(y2, y1.square() / count + _LEAST_VARIANCE * count)
         dx, dw, db = torch.ops.aten.native_batch_norm_backward(
             g, x, whole, mean, variance, None, None, False, ctx.eps, [True, True, True]

@@ -101,6 +101,12 @@ class Detection(Task):
 
         transform = _transform_of(model)
         made: list[Any] = []
+        drawn: list[Tensor] = []  # the generator's state, which sizes have been drawn from
+
+        def keep(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+            made.append(output)
+            if not isinstance(output[0].tensors, FakeTensor):
+                drawn.append(torch.get_rng_state())
 
         @contextlib.contextmanager
         def again(places: Tensor) -> Iterator[None]:
@@ -111,13 +117,18 @@ class Detection(Task):
             images, targets = made.pop()
             found = ImageList(images.tensors[places], [images.image_sizes[i] for i in some]), [targets[i] for i in some]
             del images
-            with overridden([(transform, lambda *args: found)]):
+
+            def handed(*args: Any) -> Any:
+                if drawn:
+                    torch.set_rng_state(drawn.pop())
+                return found
+
+            with overridden([(transform, handed)]):
                 yield
 
         with contextlib.ExitStack() as stack:
             if transform is not None:
-                hook = transform.register_forward_hook(lambda module, arguments, output: made.append(output))
-                stack.callback(hook.remove)
+                stack.callback(transform.register_forward_hook(keep).remove)
             yield again
 
     def choosable(self, model: nn.Module) -> bool:
