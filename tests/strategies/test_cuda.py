@@ -17,7 +17,7 @@ from torch.testing import assert_close
 from torch.utils._pytree import tree_map_only
 
 import glcan
-from glcan import LocalLearner, measure_step
+from glcan import Learner, measure_step
 from glcan.errors import ConfigError
 from glcan.models import create
 from glcan.tasks import create as create_task
@@ -28,16 +28,16 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 MODELS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
     "classification": (partial(create, "cifar_resnet20", num_classes=10), 16, 32),
     "detection": (partial(create, "fcos_small", num_classes=4, image_size=64, width=8, channels=32), 4, 64),
-    "super-resolution": (partial(create, "edsr_baseline", scale=2, blocks=6, channels=8), 4, 24),
+    "super-resolution": (partial(create, "edsr_baseline", scale=2, method="glcan:6", channels=8), 4, 24),
 }
 METHODS: dict[str, dict[str, Any]] = {
-    "e2e": {"rule": "e2e"},
-    "checkpoint": {"rule": "checkpoint"},
-    "accumulate": {"rule": "e2e", "accumulate": 2},
-    "glcan": {"blocks": 4},
-    "glcan-joint-0": {"blocks": 4, "rule_options": {"joint": 0.0}},
-    "glcan-chosen": {"blocks": 4, "rule_options": {"joint_by": "gradient"}},
-    "glcan-in-order": {"blocks": 4, "rule_options": {"joint_by": "order"}},
+    "e2e": {"method": "e2e"},
+    "checkpoint": {"method": "checkpoint"},
+    "accumulate": {"method": "e2e+accumulate:2"},
+    "selective": {"method": "selective"},
+    "random": {"method": "selective", "options": {"by": "random"}},
+    "glcan": {"method": "glcan:4"},
+    "glcan-accumulate": {"method": "glcan:4+accumulate:2"},
 }
 MOMENTUM = partial(SGD, lr=1e-3, momentum=0.9)
 
@@ -67,15 +67,15 @@ def test_gradients_are_those_of_the_cpu(task: str, method: str) -> None:
     build, batch, side = MODELS[task]
     model = build().double().train()
     sample = sample_of(task, batch, side, torch.float64)
-    here = LocalLearner(copy.deepcopy(model), task, sample, **METHODS[method])
-    there = LocalLearner(copy.deepcopy(model).cuda(), task, to("cuda", sample), **METHODS[method])
+    here = Learner(copy.deepcopy(model), task, sample, **METHODS[method])
+    there = Learner(copy.deepcopy(model).cuda(), task, to("cuda", sample), **METHODS[method])
     assert there.plan.cuts == here.plan.cuts
     there.auxiliary.load_state_dict(here.auxiliary.state_dict())
     losses = here.backward(*sample)
     assert all(p.is_cuda for p in there.auxiliary.parameters())
     found = there.backward(*to("cuda", sample))
     # the features' scale is noted in float32
-    noted = task == "super-resolution" and method == "glcan-joint-0"
+    noted = task == "super-resolution" and method.startswith("glcan")
     close = partial(assert_close, rtol=1e-6 if noted else 1e-8, atol=1e-8 if noted else 1e-10)
     close(to("cpu", found), losses)
     close(to("cpu", gradients(there.model)), gradients(here.model))
@@ -91,7 +91,7 @@ def test_the_peak_is_planned_and_is_the_allocators(method: str, precision: torch
     sample = to("cuda", sample_of("classification", 32, 128, torch.float32))
     model = create("torchvision/resnet50", num_classes=1000).cuda()
     planned = glcan.plan(model, sample=sample, baselines=(), **options).cost
-    learner = LocalLearner(model, sample=sample, **options)
+    learner = Learner(model, sample=sample, **options)
     measured = measure_step(learner, *sample)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -106,7 +106,7 @@ def test_blocks_need_less_of_the_allocator_than_end_to_end() -> None:
     peaks = {}
     sample = to("cuda", sample_of("classification", 64, 128, torch.float32))
     for method in ("e2e", "glcan"):
-        learner = LocalLearner(
+        learner = Learner(
             create("torchvision/resnet50", num_classes=1000).cuda(),
             sample=sample,
             optimizer=MOMENTUM,
@@ -126,7 +126,7 @@ def test_flops_are_counted_as_on_a_cpu() -> None:
     counted = []
     for device in ("cpu", "cuda"):
         sample = to(device, sample_of("classification", 4, 64, torch.float32))
-        learner = LocalLearner(copy.deepcopy(model).to(device), sample=sample, rule="e2e", optimizer=MOMENTUM)
+        learner = Learner(copy.deepcopy(model).to(device), sample=sample, method="e2e", optimizer=MOMENTUM)
         counted.append(measure_step(learner, *sample).flops)
     assert counted[0] == counted[1]
 
@@ -134,7 +134,8 @@ def test_flops_are_counted_as_on_a_cpu() -> None:
 def test_auto_is_what_the_device_has() -> None:
     sample = to("cuda", sample_of("classification", 16, 32, torch.float32))
     model = create("cifar_resnet20", num_classes=10).cuda()
-    learner = LocalLearner(model, sample=sample, memory="auto", optimizer=MOMENTUM)
+    planned = glcan.plan(model, sample=sample, method="glcan", memory="auto", optimizer=MOMENTUM, baselines=())
+    learner = Learner(model, sample=sample, plan=planned, optimizer=MOMENTUM)
     assert learner.plan.blocks == 1  # it all fits
     assert all(torch.isfinite(loss) for loss in learner.step(*sample).values())
 
@@ -145,7 +146,7 @@ def test_a_recorded_step_is_the_step(task: str, method: str) -> None:
     if (task, method) == ("super-resolution", "man"):
         pytest.skip("man is for classification")
     build, batch, side = MODELS[task]
-    options = METHODS.get(method, {"rule": method, "blocks": 4}) | {"optimizer": MOMENTUM, "clip_norm": 1.0}
+    options = METHODS.get(method, {"method": f"{method}:4"}) | {"optimizer": MOMENTUM, "clip_norm": 1.0}
     batches = [to("cuda", sample_of(task, batch, side, torch.float64)) for _ in range(12)]
     # what ends an epoch is smaller
     batches = [tuple(item[: batch // 2] for item in b) if i % 3 == 2 else b for i, b in enumerate(batches)]
@@ -154,14 +155,14 @@ def test_a_recorded_step_is_the_step(task: str, method: str) -> None:
     trained = {}
     for cuda_graph in (False, True):
         torch.manual_seed(1)
-        learner = LocalLearner(copy.deepcopy(model), task, batches[0], cuda_graph=cuda_graph, **options)
+        learner = Learner(copy.deepcopy(model), task, batches[0], cuda_graph=cuda_graph, **options)
         losses = []
         for i, b in enumerate(batches):
             for optimizer in learner.optimizers:
                 optimizer.param_groups[0]["lr"] = 1e-3 * (i + 1)
             losses.append(learner.step(*b))
         if cuda_graph:
-            assert len(learner._graphs._passes) == 2
+            assert len(learner._pass._recordings._passes) == 2
         assert all(p.grad is None for p in learner.parameters())
         trained[cuda_graph] = losses, learner.model.state_dict(), learner.auxiliary.state_dict()
     assert_close(trained[True], trained[False], rtol=1e-8, atol=1e-10)
@@ -174,16 +175,18 @@ def test_a_recorded_learner_changes_its_state() -> None:
     trained = {}
     for cuda_graph in (False, True):
         torch.manual_seed(1)
-        learner = LocalLearner(copy.deepcopy(model), sample=sample, blocks=4, cuda_graph=cuda_graph, optimizer=MOMENTUM)
+        learner = Learner(
+            copy.deepcopy(model), sample=sample, method="glcan:4", cuda_graph=cuda_graph, optimizer=MOMENTUM
+        )
         for i in range(16):
-            learner.end_to_end, learner.frozen = i < 5, 2 * (i > 10)
+            learner.switch(end_to_end=i < 5, frozen=2 * (i > 10))
             if i == 8:
                 next(m for m in learner.model.modules() if isinstance(m, nn.BatchNorm2d)).eval()
             learner.step(*sample)
-        assert len(learner._graphs._passes) == 4 * cuda_graph
+        assert len(learner._pass._recordings._passes) == 4 * cuda_graph
         learner.cuda_graph = False
         learner.step(*sample)
-        assert not learner._graphs._passes
+        assert not learner._pass._recordings._passes
         trained[cuda_graph] = learner.model.state_dict()
     assert_close(trained[True], trained[False], rtol=1e-8, atol=1e-10)
 
@@ -202,11 +205,11 @@ def test_recorded_dropout_is_drawn_anew_and_not_with_recomputation() -> None:
     torch.manual_seed(0)
     sample = (torch.rand(32, 8, device="cuda"), torch.zeros(32, dtype=torch.int64, device="cuda"))
     still = partial(SGD, lr=0.0)
-    learner = LocalLearner(_Dropping().cuda(), sample=sample, rule="e2e", optimizer=still, cuda_graph=True)
+    learner = Learner(_Dropping().cuda(), sample=sample, method="e2e", optimizer=still, cuda_graph=True)
     losses = [float(learner.step(*sample)["block1"]) for _ in range(6)]
-    assert len(learner._graphs._passes) == 1
+    assert len(learner._pass._recordings._passes) == 1
     assert len(set(losses)) == 6
-    learner = LocalLearner(_Dropping().cuda(), sample=sample, rule="checkpoint", optimizer=still, cuda_graph=True)
+    learner = Learner(_Dropping().cuda(), sample=sample, method="checkpoint", optimizer=still, cuda_graph=True)
     with pytest.raises(ConfigError, match="random numbers"):
         for _ in range(3):
             learner.step(*sample)
@@ -224,7 +227,7 @@ class _Reading(nn.Module):
 
 def test_what_reads_values_cannot_be_recorded_and_runs_on_without() -> None:
     sample = (torch.rand(32, 8, device="cuda"), torch.zeros(32, dtype=torch.int64, device="cuda"))
-    learner = LocalLearner(_Reading().cuda(), sample=sample, rule="e2e", optimizer=MOMENTUM, cuda_graph=True)
+    learner = Learner(_Reading().cuda(), sample=sample, method="e2e", optimizer=MOMENTUM, cuda_graph=True)
     stream = torch.cuda.current_stream()
     with pytest.raises(ConfigError, match="reads a value"):
         for _ in range(3):
@@ -240,7 +243,7 @@ def test_recorded_blocks_hold_less_than_a_recorded_whole() -> None:
     sample = to("cuda", sample_of("classification", 64, 128, torch.float32))
     for method in ("e2e", "glcan"):
         model = create("torchvision/resnet50", num_classes=1000).cuda()
-        learner = LocalLearner(model, sample=sample, optimizer=MOMENTUM, cuda_graph=True, **METHODS[method])
+        learner = Learner(model, sample=sample, optimizer=MOMENTUM, cuda_graph=True, **METHODS[method])
         learner.step(*sample)
         learner.step(*sample)
         gc.collect()
@@ -250,7 +253,7 @@ def test_recorded_blocks_hold_less_than_a_recorded_whole() -> None:
         gc.collect()
         torch.cuda.empty_cache()
         held[method] = torch.cuda.memory_reserved() - before
-        assert len(learner._graphs._passes) == 1
+        assert len(learner._pass._recordings._passes) == 1
         del learner, model
         gc.collect()
         torch.cuda.empty_cache()
@@ -260,7 +263,7 @@ def test_recorded_blocks_hold_less_than_a_recorded_whole() -> None:
 def test_float16_with_a_scaler() -> None:
     sample = to("cuda", sample_of("classification", 16, 32, torch.float32))
     model = create("cifar_resnet20", num_classes=10).cuda()
-    learner = LocalLearner(model, sample=sample, blocks=4, autocast=torch.float16)
+    learner = Learner(model, sample=sample, method="glcan:4", autocast=torch.float16)
     scaler = torch.amp.GradScaler("cuda")
     optimizer = SGD(learner.parameters(), lr=0.01)
     before = copy.deepcopy(model.state_dict())

@@ -330,8 +330,8 @@ class _Normalised(torch.autograd.Function):
         if weights is None:
             weights = torch.ones(len(x), device=x.device)
         weights = weights.to(mean.dtype)
-        # sums of w y and w (y^2 + eps / deviation^2) [C], from those of x and x^2 of each image [n, C]; with the eps, the
-        # latter is the number of values where all images are there
+        # sums of w y and w (y^2 + eps / deviation^2) [C], from those of x and x^2 of each image [n, C]; the latter is
+        # the number of values where all images are there
         places = list(range(2, x.dim()))
         square = weights @ _sum(x * x, places, mean.dtype)
         first = weights @ _sum(x, places, mean.dtype)
