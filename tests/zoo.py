@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glcan.inspect.isolation import Isolation
-from glcan.inspect.tensors import tensors_in
 from glcan.inspect.profile import Profile
+from glcan.inspect.tensors import tensors_in
 
 
 def images(batch: int = 2, size: int = 64) -> Tensor:
