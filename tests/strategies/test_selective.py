@@ -20,8 +20,8 @@ import glcan
 from glcan import Learner, measure_step
 from glcan.errors import ConfigError
 from glcan.models import create
+from glcan.strategies import second_pass
 from glcan.strategies.choosing import choose, fraction, sizes_of
-from glcan.strategies.second_pass import SecondPass
 from glcan.tasks import Classification
 
 
@@ -114,10 +114,10 @@ def test_without_normalisation_the_mean_is_the_whole_gradient() -> None:
     assert (mean - wanted).norm() < 2.5 * error.norm()
 
 
-def test_with_batchnorm_the_mean_is_close_because_the_corrections_are_weighted(
+def test_with_batchnorm_the_gradient_through_the_statistics_is_that_of_the_images_at_hand(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Each image that is taken stands for several in what is subtracted for the statistics as well."""
+    """Mean and scale are taken out of the chosen images' gradients; without the scale they are far off."""
 
     class Rows(nn.Module):
         def __init__(self) -> None:
@@ -147,10 +147,10 @@ def test_with_batchnorm_the_mean_is_close_because_the_corrections_are_weighted(
     wanted = full(model, (images, labels))
     mean, error = mean_over_choices(model, (images, labels), 80)
     assert error.norm() < 0.1 * wanted.norm()
-    assert (mean - wanted).norm() < 0.25 * wanted.norm()
-    monkeypatch.setattr(SecondPass, "weights", lambda self, size: None)
+    assert (mean - wanted).norm() < 0.8 * wanted.norm()
+    monkeypatch.setattr(second_pass, "_LEAST_VARIANCE", 1e9)
     mean, _ = mean_over_choices(model, (images, labels), 80)
-    assert (mean - wanted).norm() > 0.4 * wanted.norm(), "this model would show it"
+    assert (mean - wanted).norm() > wanted.norm(), "this model would show it"
 
 
 # -- normalised as the whole batch was -----------------------------------------------------------------------------

@@ -142,15 +142,16 @@ class SecondPass:
         second = SecondPass(model)
         with torch.no_grad(), second.first():
             outputs = model(images)
-        with second.again(places, weights):              # holds until the backward pass is over
+        with second.again(places):                       # holds until the backward pass is over
             with second.forward():
                 outputs = model(images[places])
             outputs.backward(...)
 
     Normalisation over the batch: the images are normalised with the statistics of the whole batch, and the gradient
-    that goes through the statistics is estimated from the images at hand, each counted with its weight, as many images
-    as it stands for. With the derivative of the true statistics, the images that are left out would have a gradient
-    too, and without theirs the others' is wrong (docs/findings).
+    that goes through the statistics is that of the images' own (`_Normalised`). With the derivative of the true
+    statistics, the images that are left out would have a gradient too, and without theirs the others' is wrong; with
+    corrections that count each image with its weight, the mean over many choices is closer to the whole batch's
+    gradient, but each one further from it, and accuracy lower (docs/methods/selective.md).
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -164,7 +165,6 @@ class SecondPass:
         self._drawn = False
         self._images = 0
         self._places: Tensor | None = None
-        self._weights: Tensor | None = None
         self._next = 0  # of the statistics
         self._open = threading.local()
 
@@ -179,15 +179,15 @@ class SecondPass:
         self._drawn = self._generators.drawn()
 
     @contextlib.contextmanager
-    def again(self, places: Tensor, weights: Tensor | None = None) -> Iterator[None]:
-        """Entered around the forward and backward pass of the images at these places [n], with these weights [n]."""
+    def again(self, places: Tensor) -> Iterator[None]:
+        """Entered around the forward and backward pass of the images at these places [n]."""
         assert self._generators is not None
-        self._places, self._weights, self._next = places, weights, 0
+        self._places, self._next = places, 0
         try:
             with self._generators.again(), self._buffers.held(self._values):
                 yield
         finally:
-            self._statistics, self._values, self._places, self._weights = [], [], None, None
+            self._statistics, self._values, self._places = [], [], None
 
     @contextlib.contextmanager
     def forward(self) -> Iterator[None]:
@@ -230,12 +230,6 @@ class SecondPass:
         if each == 1:
             return self._places
         return (self._places[:, None] * each + torch.arange(each, device=self._places.device)).flatten()
-
-    def weights(self, size: int) -> Tensor | None:
-        """The weights of the rows of a tensor with so many; None where all are 1."""
-        if self._weights is None or size % len(self._weights):
-            return None
-        return self._weights.repeat_interleave(size // len(self._weights))
 
 
 _PARAMETERS = tuple(inspect.signature(F.batch_norm).parameters)
@@ -289,9 +283,8 @@ class _Applying(TorchFunctionMode):
         x = given["input"]
         if noted is None or len(noted.mean) != x.shape[1]:
             return func(*args, **(kwargs or {}))  # another way than the first pass took: its outputs will show it
-        weights = self._second.weights(len(x))
         weight, bias, eps = given.get("weight"), given.get("bias"), given.get("eps", 1e-5)
-        return _Normalised.apply(x, weight, bias, noted.mean, noted.variance, eps, weights)
+        return _Normalised.apply(x, weight, bias, noted.mean, noted.variance, eps)
 
 
 # The least variance of what is normalised, which is 1 over the whole batch: for channels that stand still in the part.
@@ -301,57 +294,46 @@ _LEAST_VARIANCE = 1e-2
 class _Normalised(torch.autograd.Function):
     """Batch normalisation with given statistics, whose gradient takes out mean and scale of the images at hand.
 
-    With g the gradient of the output times the layer's weight (already multiplied by the image's weight w), and y the
-    normalised input, that of the input is ``(g - w (a + b y)) / deviation``, where a and b are such that neither it nor
-    its product with y has a sum over the images. With all images and weights of 1 these are the means of g and g y, and
-    it is the gradient of batch normalisation.
+    With g the gradient of the output times the layer's weight, and y the normalised input, that of the input is
+    ``(g - a - b y) / deviation``, where a and b are such that neither it nor its product with y has a sum over the
+    images at hand. With all images these are the means of g and g y, and it is the gradient of batch normalisation.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        mean: Tensor,
-        variance: Tensor,
-        eps: float,
-        weights: Tensor | None,
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, variance: Tensor, eps: float
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, mean, variance, weights)
+        ctx.save_for_backward(x, weight, mean, variance)
         ctx.eps = eps
         return F.batch_norm(x, mean, variance, weight, bias, training=False, eps=eps)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, variance, weights = ctx.saved_tensors
-        g, scale = gradients[0], (variance + ctx.eps).rsqrt()
-        whole = torch.ones_like(mean) if weight is None else weight
-        if weights is None:
-            weights = torch.ones(len(x), device=x.device)
-        weights = weights.to(mean.dtype)
-        # sums of w y and w (y^2 + eps / deviation^2) [C], from those of x and x^2 of each image [n, C]; the latter is
-        # the number of values where all images are there
-        places = list(range(2, x.dim()))
-        square = weights @ _sum(x * x, places, mean.dtype)
-        first = weights @ _sum(x, places, mean.dtype)
-        count = weights.sum() * (x.numel() // (x.shape[0] * x.shape[1]))
+        x, weight, mean, variance = ctx.saved_tensors
+        scale = (variance + ctx.eps).rsqrt()
+        by = scale if weight is None else scale * weight
+        # sums of y and y^2 [C], from those of x and x^2
+        places, count = [0, *range(2, x.dim())], x.numel() // x.shape[1]
+        square, first = (x * x).sum(places, dtype=mean.dtype), x.sum(places, dtype=mean.dtype)
         y1 = (first - count * mean) * scale
-        y2 = (square - 2 * mean * first + count * (mean.square() + ctx.eps)) * scale.square()
+        y2 = (square - 2 * mean * first + count * (mean.square() + ctx.eps)) * scale.square()  # of the batch: count
         y2 = torch.maximum(y2, y1.square() / count + _LEAST_VARIANCE * count)
         dx, dw, db = torch.ops.aten.native_batch_norm_backward(
-            g, x, whole, mean, variance, None, None, False, ctx.eps, [True, True, True]
+            gradients[0],
+            x,
+            torch.ones_like(mean) if weight is None else weight,
+            mean,
+            variance,
+            None,
+            None,
+            False,
+            ctx.eps,
+            [True, True, True],
         )
         a = (y2 * db - y1 * dw) / (count * y2 - y1.square())
         b = (count * dw - y1 * db) / (count * y2 - y1.square())
-        by = scale * whole
-        taken = F.batch_norm(x, mean, variance, b * by, a * by, training=False, eps=ctx.eps)
-        dx.addcmul_(taken, -weights.to(dx.dtype).view(-1, *[1] * (x.dim() - 1)))
-        return (dx, *((dw, db) if weight is not None else (None, None)), None, None, None, None)
-
-
-def _sum(value: Tensor, places: list[int], dtype: torch.dtype) -> Tensor:
-    return value.sum(places, dtype=dtype) if places else value.to(dtype)
+        dx.sub_(F.batch_norm(x, mean, variance, b * by, a * by, training=False, eps=ctx.eps))
+        return (dx, *((dw, db) if weight is not None else (None, None)), None, None, None)
 
 
 class _Rows(TorchDispatchMode):

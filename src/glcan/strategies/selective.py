@@ -143,7 +143,7 @@ class SelectivePass(Pass):
             expected = [t.detach()[places] for t in predictions] if self._to_compare(predictions) else None
             del first, predictions, gradients
             chosen = task.chosen(batch, places)
-            with again(places), self._second.again(places, weights):
+            with again(places), self._second.again(places):
                 with (
                     self._recomputation.applied(self._second),
                     self._second.forward(),
@@ -166,10 +166,10 @@ class SelectivePass(Pass):
             with torch.no_grad(), self._second.first(len(batch[0])), setting.forward_autocast(batch):
                 whole = task.loss(model(*args, **kwargs), batch)
             forget_casts(whole)
-            places, weights = self._choose(torch.ones(len(batch[0]), device=self._count.device), count)
+            places, _ = self._choose(torch.ones(len(batch[0]), device=self._count.device), count)
             chosen = task.chosen(batch, places)
             args, kwargs = setting.arguments(chosen)
-            with again(places), self._second.again(places, weights):
+            with again(places), self._second.again(places):
                 with (
                     self._recomputation.applied(self._second),
                     self._second.forward(),
