@@ -117,7 +117,7 @@ class Local(Strategy):
         return make_plan(profile, blocks=self.number, cost=estimate.block_bytes, recompute=recompute)
 
     def bind(self, setting: Setting, plan: Plan) -> Pass:
-        return LocalPass(setting, plan, self.rule)
+        return LocalPass(setting, plan, self.rule, self._known)
 
     # -- a budget ------------------------------------------------------------------------------------------------
 
@@ -181,8 +181,11 @@ def _auxiliary_bytes(estimate: Estimate, blocks: int, state: int) -> float:
 class LocalPass(Pass):
     """One forward pass; at each cut, the block that ends there runs its auxiliary network, and its backward pass."""
 
-    def __init__(self, setting: Setting, plan: Plan, rule: AuxiliaryRule) -> None:
+    def __init__(
+        self, setting: Setting, plan: Plan, rule: AuxiliaryRule, known: dict[Any, AuxiliaryCost] | None = None
+    ) -> None:
         self._setting, self._rule, self._phase = setting, rule, Phase()
+        self._known = {} if known is None else known  # what networks need that planning has metered
         model, profile = setting.model, setting.profile
         users = users_of(model, profile, plan.cuts)
         self.plan = plan
@@ -273,7 +276,7 @@ class LocalPass(Pass):
         cuts = [
             block[0] for name, block in zip(self.plan.names, self.plan.units[1:], strict=False) if name in self.added
         ]
-        flops = flops_of(self._rule, setting.model, setting.profile, setting.task, setting.batch, cuts)
+        flops = flops_of(self._rule, setting.model, setting.profile, setting.task, setting.batch, cuts, self._known)
         share = flops / (3 * max(1, setting.profile.flops))
         return f"auxiliary networks with {own:,} parameters and {share:.1%} of the model's FLOPs"
 

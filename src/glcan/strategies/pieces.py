@@ -35,6 +35,7 @@ def measure_pieces(
     starts = ["", *cuts]
 
     def run(model: nn.Module, batch: tuple[Any, Any]) -> dict[str, tuple[int, int]]:
+        parameters = list(model.parameters())  # walks all modules, and is needed at every cut
         meter = LiveMemory(model, inputs=batch)
         found: dict[str, tuple[int, int]] = {}
         before = 0
@@ -44,7 +45,7 @@ def measure_pieces(
             norms = [torch.linalg.vector_norm(t.float()) for t in tensors if t.requires_grad]
             if norms:
                 torch.stack(norms).sum().backward()
-            for parameter in model.parameters():
+            for parameter in parameters:
                 parameter.grad = None
             found[unit], before = (meter.lap()[1], meter.flops - before), meter.flops
 
@@ -102,19 +103,25 @@ def auxiliary_costs(
             cut = profile.units[index]
             with first.device, uninitialized():
                 network = rule.build(Site(model, profile, task, cut, blocks)).train(model.training)
-            key = (str(network), tuple(p.shape for p in network.parameters()), cut.entering)
-            if key not in known:
-                known[key] = _meter(network, rule, task, cut, batch, first)
-            costs[cut.name] = known[key]
+            costs[cut.name] = _cost(network, rule, task, cut, batch, first, known)
         return costs
 
     return dry_run(model, batch, run, assume=task.assumes)
 
 
 def flops_of(
-    rule: AuxiliaryRule, model: nn.Module, profile: Profile, task: Task, batch: tuple[Any, ...], cuts: Sequence[Unit]
+    rule: AuxiliaryRule,
+    model: nn.Module,
+    profile: Profile,
+    task: Task,
+    batch: tuple[Any, ...],
+    cuts: Sequence[Unit],
+    known: dict[Any, AuxiliaryCost],
 ) -> int:
-    """Forward and backward FLOPs of the rule's auxiliary networks at these cuts, for the batch."""
+    """Forward and backward FLOPs of the rule's auxiliary networks at these cuts, for the batch.
+
+    ``known``: as `auxiliary_costs` has it.
+    """
 
     def run(model: nn.Module, batch: tuple[Any, ...]) -> int:
         first = next(t for t in tensors_in(batch))
@@ -123,10 +130,26 @@ def flops_of(
             with first.device, uninitialized():
                 site = Site(model, profile, task, cut, len(cuts) + 1, index)
                 network = rule.build(site).train()
-            total += _meter(network, rule, task, cut, batch, first).flops
+            total += _cost(network, rule, task, cut, batch, first, known).flops
         return total
 
     return dry_run(model, batch, run, assume=task.assumes)
+
+
+def _cost(
+    network: nn.Module,
+    rule: AuxiliaryRule,
+    task: Task,
+    cut: Unit,
+    batch: tuple[Any, ...],
+    like: Tensor,
+    known: dict[Any, AuxiliaryCost],
+) -> AuxiliaryCost:
+    """As `_meter`, once for each structure."""
+    key = (str(network), tuple(p.shape for p in network.parameters()), cut.entering)
+    if key not in known:
+        known[key] = _meter(network, rule, task, cut, batch, like)
+    return known[key]
 
 
 def _meter(
