@@ -1,13 +1,16 @@
 """The command line: its help, its settings, its mistakes, and the small commands."""
 
+import importlib
+import inspect
 import json
+import sys
 from importlib import metadata
 
 import pytest
 
 from glcan import strategies
 from glcan.cli.options import SETTINGS, configure
-from glcan.errors import ConfigError
+from glcan.errors import ConfigError, RunError
 from glcan.training import RunConfig
 from glcan.training.config import flag
 
@@ -28,6 +31,15 @@ def test_every_setting_has_an_option(glcan):
     assert set(SETTINGS) == set(RunConfig.model_fields) - {"task"}
     text = glcan("train", "--help").output
     assert [name for name in SETTINGS if flag(name) not in text] == []
+
+
+@pytest.mark.parametrize(("command", "defaults"), [("plan", 9), ("train", 2), ("compare", 5)])
+def test_help_tells_the_defaults(glcan, command, defaults):
+    """None is taken for markup."""
+    text = glcan(command, "--help").output
+    assert text.count("[default: ") >= defaults
+    if command != "plan":
+        assert "[default: the recipe's, or" in text
 
 
 @pytest.mark.parametrize(
@@ -82,6 +94,24 @@ def test_given_over_recipe_over_defaults():
         configure("classification", {"epochs": 5}, "cifar10-resnet32")
 
 
+def test_the_task_is_the_recipes():
+    config = configure(None, {}, "photographs-edsr-small-x2")
+    assert (config.task, config.data) == ("super-resolution", "photofolder")
+    assert configure("super-resolution", {}, "photographs-edsr-small-x2") == config
+    with pytest.raises(ConfigError, match="is for super-resolution, not for classification"):
+        configure("classification", {}, "photographs-edsr-small-x2")
+    assert configure(None, {}).task == "classification"
+
+
+def test_a_rule_that_a_run_names_needs_trust(tmp_path):
+    stored = RunConfig(method="os:system:2")
+    (tmp_path / "config.json").write_text(json.dumps({"config": stored.model_dump(mode="json")}))
+    with pytest.raises(RunError, match="names method = 'os:system:2'"):
+        configure(None, {}, run=tmp_path)
+    assert configure(None, {"method": "os:system:2"}, run=tmp_path) == stored
+    assert configure(None, {}, run=tmp_path, trust=True) == stored
+
+
 def test_options_of_a_recipe_are_kept_with_its_method_alone(tmp_path):
     path = tmp_path / "own.toml"
     path.write_text('cuts = ["layer2.0"]\nmethod = "glcan"\n[options]\nbudget = 0.2\nuse_global = false\n')
@@ -100,6 +130,17 @@ def test_data(glcan):
     assert "imagefolder" in result.output
     values = {info["name"]: info for info in json.loads(glcan("data", "--json").stdout)}
     assert values["digits"]["found"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["glcan.report.comparison", "glcan.report.costs", "glcan.training.trainer", "glcan.training.run"]
+    + [f"glcan.cli.{command}" for command in ("plan", "train", "compare", "evaluate", "predict", "data", "methods")],
+)
+def test_no_function_stands_before_a_module(name):
+    importlib.import_module(name)
+    package, _, last = name.rpartition(".")
+    assert inspect.ismodule(getattr(sys.modules[package], last))
 
 
 def test_methods(glcan):

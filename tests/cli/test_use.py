@@ -1,6 +1,7 @@
 """`glcan evaluate` and `glcan predict`: what a finished run is good for."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -80,6 +81,46 @@ def test_predict_prints_a_table(glcan, finished, digits):
     assert result.exit_code == 0
     assert "0.png" in result.output
     assert "%)" in result.output
+
+
+def test_names_of_files_and_classes_are_shown_as_they_are(glcan, finished, digits, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "[red]run"
+    shutil.copytree(finished, run)
+    summary = json.loads((run / "summary.json").read_text())
+    summary["classes"] = [f"[b]{name}[/b] :cat:" for name in summary["classes"]]
+    (run / "summary.json").write_text(json.dumps(summary))
+    for name in ("[red]x.png", "[x].png", ":dog:.png"):
+        shutil.copy(digits[0], name)
+    result = glcan("predict", run, "[red]x.png", "[x].png", ":dog:.png")
+    assert result.exit_code == 0, result.output
+    assert all(name in result.output for name in ("[red]x.png", "[x].png", ":dog:.png", "[/b] :cat:"))
+    result = glcan("evaluate", run)
+    assert result.exit_code == 0, result.output
+    assert "[red]run" in result.output
+    result = glcan("predict", run, "[/x].png")
+    assert "[/x].png" in result.stderr
+    assert result.exit_code == 2
+
+
+def test_code_that_a_run_names_needs_trust(glcan, finished, digits, tmp_path):
+    run, mark = tmp_path / "run", tmp_path / "executed"
+    shutil.copytree(finished, run)
+    for name in ("config.json", "summary.json"):
+        values = json.loads((run / name).read_text())
+        values["config"] |= {"model": "os:system", "model_options": {"command": f"touch {mark}"}}
+        (run / name).write_text(json.dumps(values))
+    for command in (["predict", run, digits[0]], ["evaluate", run], ["train", "--resume", "--out", run]):
+        refused = glcan(*command)
+        assert refused.exit_code == 2, refused.output
+        assert "names model = 'os:system', code that would be imported" in refused.stderr
+        assert "--trust" in refused.stderr
+        assert not mark.exists()
+    trusted = glcan("predict", run, digits[0], "--trust")  # what it asked for
+    assert "it must return an nn.Module" in trusted.stderr
+    mark.unlink()
+    again = glcan("evaluate", run, "--model", "os:system")
+    assert "it must return an nn.Module" in again.stderr
 
 
 def test_predict_on_what_is_no_image(glcan, finished, tmp_path):

@@ -8,8 +8,8 @@ import pytest
 import torch
 from filelock import FileLock
 
-from glcan.errors import CheckpointError, RunError
-from glcan.training import RunDirectory, train
+from glcan.errors import CheckpointError, ConfigError, RunError
+from glcan.training import RunDirectory, checkpoint, load_model, train
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -66,18 +66,33 @@ def test_two_processes_do_not_share_a_directory(tiny, run):
         train(tiny(epochs=1), run, resume=True, progress=False)
 
 
-def flip_a_bit(path: Path) -> None:
+def flip(place):
+    """Flips a bit of the byte at this share of the file."""
+
+    def change(path: Path) -> None:
+        content = bytearray(path.read_bytes())
+        content[round(place * (len(content) - 1))] ^= 0x10
+        path.write_bytes(content)
+
+    return change
+
+
+def flip_in_the_directory(path: Path) -> None:
+    """The attribute "is a folder" of an entry: torch then reads nothing, and takes memory as it finds it."""
     with zipfile.ZipFile(path) as archive:
-        largest = max(archive.infolist(), key=lambda info: info.file_size)
+        start = archive.start_dir
     content = bytearray(path.read_bytes())
-    content[largest.header_offset + 1000] ^= 1
+    assert content[start : start + 4] == b"PK\x01\x02"
+    content[start + 38] ^= 0x10
     path.write_bytes(content)
 
 
 DAMAGE = {
     "truncated": lambda path: path.write_bytes(path.read_bytes()[:-2000]),
     "empty": lambda path: path.write_bytes(b""),
-    "one bit": flip_a_bit,
+    **{f"one bit at {place:.0%}": flip(place) for place in (0, 0.3, 0.6, 0.9, 0.97, 1)},
+    "one bit in the directory": flip_in_the_directory,
+    "longer": lambda path: path.write_bytes(path.read_bytes() + b"\0"),
     "text": lambda path: path.write_text("not a checkpoint"),
     "another format": lambda path: torch.save({"state_dict": {}}, path),
     "runs code": lambda path: torch.save({"learner": Path}, path),
@@ -95,7 +110,7 @@ def test_a_damaged_checkpoint(tiny, run, kind):
 
 def test_a_checkpoint_of_another_version(tiny, run):
     state = torch.load(run / "checkpoint.pt", weights_only=True)
-    torch.save(state | {"format": 99}, run / "checkpoint.pt")
+    checkpoint.save(run / "checkpoint.pt", state | {"format": 99})
     with pytest.raises(CheckpointError, match="has format 99"):
         train(tiny(epochs=1), run, resume=True, progress=False)
 
@@ -119,6 +134,50 @@ def test_a_summary_of_another_version(tiny, tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"colour": "blue"}))
     with pytest.raises(RunError, match="cannot be read by this version"):
         RunDirectory(tmp_path).read_summary()
+
+
+def test_a_run_without_its_checkpoint_is_not_begun_anew(tiny, run):
+    (run / "checkpoint.pt").unlink()
+    before = contents(run)
+    with pytest.raises(RunError, match=r"has no checkpoint.pt any more, .* write over metrics.jsonl"):
+        train(tiny(epochs=1), run, resume=True, progress=False)
+    assert contents(run) == before
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(tiny, run):
+    (run / "checkpoint.pt").unlink()
+    (run / "metrics.jsonl").write_text("")
+    assert train(tiny(epochs=1), run, resume=True, progress=False).epochs == 1
+
+
+def test_code_that_a_run_names_is_not_executed(tiny, tmp_path):
+    train(tiny(epochs=1), tmp_path, progress=False)
+    with pytest.raises(RunError, match="names model = 'tiny_model:tiny', code that would be imported.*--trust"):
+        load_model(tmp_path)
+    load_model(tmp_path, trust=True)
+    for name in ("config.json", "summary.json"):
+        values = json.loads((tmp_path / name).read_text())
+        values["config"] |= {"model": "os:system", "model_options": {"command": f"touch {tmp_path / 'executed'}"}}
+        (tmp_path / name).write_text(json.dumps(values))
+    with pytest.raises(RunError, match="names model = 'os:system'"):
+        load_model(tmp_path)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_buffers_that_are_parts_of_one_tensor_and_tied_weights_are_saved(tiny, tmp_path):
+    config = tiny(epochs=1, model="tiny_model:views", method="e2e")
+    train(config, tmp_path, progress=False)
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["learner"]["model"]
+    model = load_model(tmp_path, trust=True)
+    assert model.scale is model.shift
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+def test_what_cannot_be_saved_is_refused_before_the_first_step(tiny, tmp_path):
+    with pytest.raises(ConfigError, match="'_extra_state', a dict that cannot be saved"):
+        train(tiny(model="tiny_model:unsaveable", method="e2e"), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_that_is_not_finished(run):

@@ -2,12 +2,14 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -168,6 +170,16 @@ def test_killed_while_the_checkpoint_is_written(tiny, tmp_path, monkeypatch, sam
     assert sorted(p.name for p in (tmp_path / "parts").glob(".*.tmp")) == []
     train(config, tmp_path / "parts", resume=True, progress=False)
     same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_seed_is_of_every_generator(tiny, tmp_path, same_run):
+    """A run does not depend on what was drawn before it, by Python, NumPy or torch."""
+    for name in ("one", "two"):
+        random.random()
+        np.random.rand()
+        torch.rand(1)
+        train(tiny(epochs=1, model="tiny_model:noisy", method="e2e"), tmp_path / name, progress=False)
+    same_run(tmp_path / "one", tmp_path / "two")
 
 
 def test_resume_begins_a_run_where_there_is_none(tiny, tmp_path):

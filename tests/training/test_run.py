@@ -50,7 +50,7 @@ def test_summary(summary, out, tiny):
     assert len(summary.val_metrics) == 3
     assert (summary.method, summary.blocks, len(summary.cuts)) == ("glcan:2", 2, 1)
     assert (summary.steps, summary.seed) == (9, 0)
-    assert summary.parameters == sum(p.numel() for p in load_model(out).parameters())
+    assert summary.parameters == sum(p.numel() for p in load_model(out, trust=True).parameters())
     assert summary.auxiliary_parameters > 0
     assert summary.classes == [str(digit) for digit in range(10)]
     assert summary.peak_bytes is None  # no CUDA
@@ -80,7 +80,7 @@ def test_tensorboard(summary, out):
 
 
 def test_evaluation_of_the_saved_weights_equals_the_summary(summary, out):
-    model = load_model(out)
+    model = load_model(out, trust=True)
     assert not model.training
     metrics = evaluate(model, load_data(summary.config), batch=summary.config.batch)
     assert metrics == {metric.name: metric.value for metric in summary.metrics}
@@ -88,7 +88,7 @@ def test_evaluation_of_the_saved_weights_equals_the_summary(summary, out):
 
 def test_the_weights_are_the_learners(summary, out):
     state = torch.load(out / "checkpoint.pt", weights_only=True)["learner"]["model"]
-    weights = load_model(out).state_dict()
+    weights = load_model(out, trust=True).state_dict()
     assert state.keys() == weights.keys()
     assert all(torch.equal(state[name], weights[name]) for name in weights)
 
@@ -109,7 +109,7 @@ def test_frozen_blocks_keep_their_weights(tiny, tmp_path):
     train(tiny(epochs=1), tmp_path / "one", progress=False)
     losses = [record["train_loss"] for record in read_metrics(tmp_path / "two")]
     assert [list(each) for each in losses] == [["block1", "block2"], ["block2"]]
-    one, two = (load_model(tmp_path / name) for name in ("one", "two"))
+    one, two = (load_model(tmp_path / name, trust=True) for name in ("one", "two"))
     cut = whole.cuts[0]
     names = [name for name, _ in two.named_parameters()]
     first = names[: next(i for i, name in enumerate(names) if name.startswith(cut))]
@@ -158,7 +158,7 @@ def test_a_finish_trains_the_whole_model_and_goes_on_with_its_optimizers(tiny, t
         torch.nn.functional.cross_entropy(learner.model(images), labels).backward()
         optimizer.step()
         optimizer.zero_grad()
-    finished = load_model(tmp_path / "finish").state_dict()
+    finished = load_model(tmp_path / "finish", trust=True).state_dict()
     for name, tensor in learner.model.state_dict().items():
         torch.testing.assert_close(finished[name], tensor, rtol=1e-4, atol=1e-5)
 
@@ -177,7 +177,7 @@ def test_a_finish_goes_on_with_schedule_and_momentum(tiny, tmp_path, optimizer):
     records = [read_metrics(tmp_path / name) for name in ("plain", "finish")]
     compared = [[(record["lr"], record["val_loss"]) for record in run] for run in records]
     assert compared[0] == compared[1]
-    plain, finish = (load_model(tmp_path / name).state_dict() for name in ("plain", "finish"))
+    plain, finish = (load_model(tmp_path / name, trust=True).state_dict() for name in ("plain", "finish"))
     assert all(torch.equal(tensor, finish[name]) for name, tensor in plain.items())
 
 

@@ -6,11 +6,11 @@ from importlib import metadata
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.text import Text
 from typer.core import TyperGroup
 
 from glcan.cli import compare, data, evaluate, methods, plan, predict, train
+from glcan.console import plain_console
 from glcan.errors import GlcanError
 
 
@@ -22,7 +22,7 @@ class _Commands(TyperGroup):
             return super().invoke(ctx)
         except GlcanError as error:
             message = Text.assemble(("error: ", "bold red"), str(error))
-            Console(stderr=True).print(message, soft_wrap=True, highlight=False)
+            plain_console(stderr=True).print(message, soft_wrap=True)
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
             raise typer.Exit(130) from None

@@ -29,14 +29,14 @@ def compare(
         typer.Option(
             "--share-exact/--train-exact",
             help="Whether checkpointing, which computes what e2e does, is only metered, or trained as well. "
-            "[default: trained; detection: metered]",
+            "\\[default: trained; detection: metered]",
         ),
     ] = None,
     jobs: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="Runs trained side by side, each with its part of the CPU threads. [default: 2 for each CPU, where "
+            help="Runs trained side by side, each with its part of the CPU threads. \\[default: 2 for each CPU, where "
             "runs are trained on CPUs, else 1]",
         ),
     ] = None,
@@ -51,8 +51,7 @@ def compare(
     super-resolution the bundled photographs, with bicubic enlargement beside them; for detection the embedded scenes).
     --option and --cuts are for the methods of the name that --method gives.
     """
-    from rich.console import Console
-
+    from glcan.console import plain_console
     from glcan.errors import ConfigError
     from glcan.report import compare as run_comparison
     from glcan.report.tables import terminal
@@ -80,9 +79,7 @@ def compare(
         result = run_comparison(config, names, numbers, out, progress=not quiet, share_exact=share_exact, jobs=jobs)
     except (KeyboardInterrupt, SystemExit):
         if out.exists():
-            Console(stderr=True).print(
-                f"Stopped. The same command with --out {out} continues.", highlight=False, markup=False, soft_wrap=True
-            )
+            plain_console(stderr=True).print(f"Stopped. The same command with --out {out} continues.", soft_wrap=True)
         raise
     if quiet:
-        Console(highlight=False).print(terminal(result))
+        plain_console().print(terminal(result))

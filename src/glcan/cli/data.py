@@ -7,9 +7,10 @@ import json
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from glcan.console import plain_console
 
 
 def data(
@@ -32,4 +33,4 @@ def data(
         numbers = ("" if number is None else f"{number:,}" for number in (info.classes, info.train, info.test))
         where = Text.assemble((str(info.found), "green")) if info.found else Text(info.remedy)
         table.add_row(info.name, info.title, *numbers, where)
-    Console().print(table)
+    plain_console().print(table)

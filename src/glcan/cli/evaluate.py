@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from glcan.cli.options import configure, settings
+from glcan.cli.options import Trust, configure, settings
+from glcan.console import plain_console
 
 _SETTINGS = (
     "model",
@@ -49,6 +49,7 @@ def evaluate(
         int | None, typer.Option(help="Super-resolution: enlarge in tiles of so many pixels; default: whole images.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of a table.")] = False,
+    trust: Trust = False,
     *,
     given: dict[str, Any],
 ) -> None:
@@ -81,7 +82,7 @@ def evaluate(
         raise ConfigError(f"The run {run} is of the task {stored.task!r}, not {task!r}. Leave --task out.")
     if "data" in given:  # another data set lies elsewhere, and is there to evaluate on
         given = {"data_root": None, "val": 0, "limit": None} | given
-    config = configure(task, given, run=run)
+    config = configure(task, given, run=run, trust=trust)
     if tile is not None and config.task != "super-resolution":
         raise ConfigError(f"tile = {tile} is for super-resolution, not for {config.task}; leave --tile out.")
     device = resolve_device(config.device)
@@ -106,4 +107,4 @@ def evaluate(
     table = Table("metric", "value", title=f"{weights} on {data.size(split)} {split} images of {data.name}")
     for name, value in metrics.items():
         table.add_row(name, formatted(value, MEASURES[config.task].units[name]))
-    Console().print(table)
+    plain_console().print(table)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from rich.console import Console
 from rich.table import Table
+
+from glcan.console import plain_console
 
 
 def methods() -> None:
@@ -14,10 +15,9 @@ def methods() -> None:
     for name in strategies.names():
         family = strategies.family_of(name)
         table.add_row(f"{name}:BLOCKS" if family == "local" else name, family, strategies.summary_of(name))
-    console = Console()
+    console = plain_console()
     console.print(table)
     console.print(
         "Behind any of them: +accumulate:PARTS. Behind local ones: +start, +freeze and +finish, with or without a share"
-        " of the steps (:0.3).",
-        highlight=False,
+        " of the steps (:0.3)."
     )

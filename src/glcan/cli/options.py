@@ -17,17 +17,26 @@ from glcan.errors import ConfigError
 from glcan.strategies import parse_method
 from glcan.training import RunConfig, RunDirectory, read_recipe
 from glcan.training.config import flag
+from glcan.training.run import check_code
 
 Task = Annotated[
     str | None,
     typer.Argument(
-        help="What is learned: classification, super-resolution, detection. [default: the recipe's, or classification]",
+        help="What is learned: classification, super-resolution, detection. \\[default: the recipe's, or "
+        "classification]",
         metavar="TASK",
         show_default=False,
     ),
 ]
 Recipe = Annotated[
     str | None, typer.Option(help="Settings to start from: the name of a recipe that comes with glcan, or PATH.toml.")
+]
+
+Trust = Annotated[
+    bool,
+    typer.Option(
+        "--trust", help="Import what the run names as package.module:NAME, which executes code; see what it is first."
+    ),
 ]
 
 _PANELS = {
@@ -81,7 +90,12 @@ def settings(*, only: Iterable[str] = SETTINGS, without: Iterable[str] = ()) -> 
 
 
 def configure(
-    task: str | None, given: Mapping[str, Any], recipe: str | None = None, run: Path | None = None
+    task: str | None,
+    given: Mapping[str, Any],
+    recipe: str | None = None,
+    run: Path | None = None,
+    *,
+    trust: bool = False,
 ) -> RunConfig:
     """A configuration: what was given over the recipe, or over the settings of a run, over the defaults.
 
@@ -90,12 +104,16 @@ def configure(
 
     Raises:
         ConfigError, UnknownName: the recipe or the settings cannot be used.
+        RunError: the run names code that is neither given again nor trusted.
     """
     base: dict[str, Any] = {}
     if recipe is not None:
         base = read_recipe(recipe)
     elif run is not None:
-        base = RunDirectory(run).read_config().model_dump()
+        stored = RunDirectory(run).read_config()
+        if not trust:
+            check_code(run, stored, ("model", "method"), given)
+        base = stored.model_dump()
     task = task or base.get("task", "classification")
     if base and task != base.get("task", "classification"):
         raise ConfigError(

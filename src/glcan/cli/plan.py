@@ -26,18 +26,18 @@ def plan(
         str | None,
         typer.Option(
             metavar="HxW",
-            help="Image size in pixels. [default: 224x224; CIFAR ResNets 32x32; super-resolution 48x48, small images; "
-            "detectors 800x1088, small ones 96x96]",
+            help="Image size in pixels. \\[default: 224x224; CIFAR ResNets 32x32; super-resolution 48x48, small "
+            "images; detectors 800x1088, small ones 96x96]",
         ),
     ] = None,
-    scale: Annotated[int | None, typer.Option(help="Factor of super-resolution: 2, 3 or 4. [default: 2]")] = None,
-    classes: Annotated[int | None, typer.Option(help="Number of classes. [default: the model's own]")] = None,
+    scale: Annotated[int | None, typer.Option(help="Factor of super-resolution: 2, 3 or 4. \\[default: 2]")] = None,
+    classes: Annotated[int | None, typer.Option(help="Number of classes. \\[default: the model's own]")] = None,
     channels: Annotated[int, typer.Option(help="Channels of the images.")] = 3,
     method: Annotated[
         str | None,
         typer.Option(
-            help="glcan:4, selective, checkpoint, e2e+accumulate:8, ...; see `glcan methods`. \\[default: glcan:4; glcan "
-            "with --cuts or --memory, which decide the number of blocks]"
+            help="glcan:4, selective, checkpoint, e2e+accumulate:8, ...; see `glcan methods`. \\[default: glcan:4; "
+            "glcan with --cuts or --memory, which decide the number of blocks]"
         ),
     ] = None,
     option: Annotated[
@@ -62,16 +62,15 @@ def plan(
     precision: Annotated[str, typer.Option(help="fp32, or bf16 autocast with fp32 weights.")] = "fp32",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object in place of the tables.")] = False,
 ) -> None:
-    """Predict a training step's peak memory and FLOPs, against end-to-end training and activation checkpointing.
+    """Predict a training step's peak memory and FLOPs, against every other family of methods.
 
     Nothing is trained and nothing of the batch's size is allocated: the real step runs on tensors without contents.
     """
-    from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
 
     from glcan import models, planning, tasks
     from glcan.cli.options import pairs
+    from glcan.console import plain_console
     from glcan.errors import ConfigError
     from glcan.inspect.dryrun import UntouchedParameters
     from glcan.sizes import format_bytes, parse_bytes
@@ -132,7 +131,7 @@ def plan(
     }
     if isinstance(the_task, tasks.SuperResolution):
         about["scale"] = the_task.scale
-    console = Console(highlight=False)
+    console = plain_console()
     if max_batch:
         assert limit is not None
         numbers = (parsed.number,) if parsed.number is not None else (2, 4, 8)
@@ -149,9 +148,7 @@ def plan(
             rows = [vars(found) for found in largest]
             typer.echo(json.dumps({**about, "batch": None, "memory_bytes": limit, "largest_batch": rows}, indent=2))
         else:
-            console.print(
-                f"{escape(model)} at {size[0]}x{size[1]}, {precision}, {optimizer}: the largest batch in {memory}"
-            )
+            console.print(f"{model} at {size[0]}x{size[1]}, {precision}, {optimizer}: the largest batch in {memory}")
             console.print(_batches(largest))
         return
     names = [name.strip() for name in cuts.split(",")] if cuts is not None else None
@@ -168,9 +165,9 @@ def plan(
     if as_json:
         typer.echo(json.dumps({**about, **forecast.as_dict()}, indent=2))
         return
-    console.print(f"{escape(model)}, batch {batch} at {size[0]}x{size[1]}, {precision}, {optimizer}")
-    console.print(escape(forecast.headline))
-    console.print(escape(str(forecast.plan)))
+    console.print(f"{model}, batch {batch} at {size[0]}x{size[1]}, {precision}, {optimizer}")
+    console.print(forecast.headline)
+    console.print(str(forecast.plan))
     header, *rows_of_cells = forecast.rows()
     table = Table(*header)
     for row in rows_of_cells:

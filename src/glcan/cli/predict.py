@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
+
+from glcan.cli.options import Trust
+from glcan.console import plain_console
 
 if TYPE_CHECKING:
     import torch
@@ -60,6 +62,7 @@ def predict(
     ] = None,
     device: Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda, ...")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of a table.")] = False,
+    trust: Trust = False,
 ) -> None:
     """Classify image files with a trained model, prepared as in the run's evaluation; enlarge them; or find objects.
 
@@ -82,7 +85,7 @@ def predict(
         if value is not None and option not in _OPTIONS[summary.config.task]:
             raise ConfigError(f"{option} is not for the run's task {summary.config.task!r}. Leave it out.")
     place = resolve_device(device)
-    model = load_model(run).to(place)
+    model = load_model(run, trust=trust).to(place)
     if summary.config.task == "detection":
         score = _MIN_SCORE if min_score is None else min_score
         _detect(summary, model, files, out or run / "predictions", score, run, as_json)
@@ -106,7 +109,7 @@ def predict(
     for prediction in predictions:
         cells = [f"{entry['class']} ({100 * entry['probability']:.1f} %)" for entry in prediction["classes"]]
         table.add_row(prediction["file"], *cells)
-    Console().print(table)
+    plain_console().print(table)
 
 
 def _classify(
@@ -163,7 +166,7 @@ def _detect(
     for entry in predictions:
         found = ", ".join(f"{o['class']} ({100 * o['score']:.0f} %)" for o in entry["objects"])
         table.add_row(entry["file"], found or "none", entry["picture"])
-    Console().print(table)
+    plain_console().print(table)
 
 
 def _enlarge(

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
-from glcan.cli.options import Recipe, Task, configure, free_folder, settings
+from glcan.cli.options import Recipe, Task, Trust, configure, free_folder, settings
+from glcan.console import plain_console
 
 
 @settings()
@@ -26,6 +26,7 @@ def train(
             "where there is none.",
         ),
     ] = False,
+    trust: Trust = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress, only the result.")] = False,
     *,
     given: dict[str, Any],
@@ -42,7 +43,7 @@ def train(
     if resume and out is None:
         raise RunError("--resume needs the directory of the run to continue. Name it with --out.")
     stored = out if resume and out is not None and RunDirectory(out).config.exists() else None
-    config = configure(task, given, recipe, stored)
+    config = configure(task, given, recipe, stored, trust=trust)
     if out is None:
         name = f"{Path(config.data).name}-{config.model}-{config.parsed.folder}-seed{config.seed}"
         out = free_folder(name.replace("/", "_").replace(":", "."))
@@ -51,11 +52,8 @@ def train(
         summary = run_training(config, out, resume=resume, progress=not quiet)
     except (KeyboardInterrupt, SystemExit):
         if run.checkpoint.exists():
-            Console(stderr=True).print(
-                f"Stopped; a checkpoint is written. Continue with: glcan train --resume --out {out}",
-                highlight=False,
-                markup=False,
-                soft_wrap=True,
+            plain_console(stderr=True).print(
+                f"Stopped; a checkpoint is written. Continue with: glcan train --resume --out {out}", soft_wrap=True
             )
         raise
     for metric in summary.metrics:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 
+from glcan.console import plain_console
 from glcan.cost.step import StepCost, measure_step
 from glcan.errors import ConfigError, GlcanError, RunError
 from glcan.learner import Learner
@@ -87,7 +88,7 @@ def compare(
     _check_out(out, request)
     digest = _check_initial_weights(configs[seeds[0]])
 
-    console = Console(stderr=True, quiet=not progress, highlight=False)
+    console = plain_console(stderr=True, quiet=not progress)
     for name in ("cuts", "options"):
         if getattr(config, name) and all(method.base != config.parsed.base for method in parsed):
             console.print(
@@ -146,7 +147,7 @@ def compare(
     write_atomically(out / DOCUMENT, lambda path: path.write_text(tables.markdown(comparison), encoding="utf-8"))
     write_plots(comparison, out)
     if progress:
-        Console(highlight=False).print(tables.terminal(comparison))
+        plain_console().print(tables.terminal(comparison))
         console.print(f"{out / RESULT}, {DOCUMENT} and plots are written")
     return comparison
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pickle
 import random
-import zipfile
+import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,9 @@ import torch
 
 from glcan.errors import CheckpointError
 
-FORMAT = 1
+FORMAT = 2
+_NO_COMMENT = b"\0\0"  # the last field of a zip archive: how long the comment is that follows
+_DIGEST = 64  # characters of a SHA-256
 _KEYS = {"format", "config", "learner", "rng", "progress", "history"}
 
 
@@ -44,7 +47,35 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 def save(path: Path, state: dict[str, Any]) -> None:
     """Write a checkpoint atomically; ``state`` holds config, learner, rng, progress and history."""
-    write_atomically(path, lambda temporary: torch.save({"format": FORMAT, **state}, temporary))
+
+    def write(temporary: Path) -> None:
+        torch.save({"format": FORMAT, **state}, temporary)
+        _seal(temporary)
+
+    write_atomically(path, write)
+
+
+def _seal(path: Path) -> None:
+    """Makes the hash of the whole archive its comment."""
+    with path.open("r+b") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest().encode()
+        file.seek(-len(_NO_COMMENT), os.SEEK_END)
+        assert file.read() == _NO_COMMENT
+        file.seek(-len(_NO_COMMENT), os.SEEK_END)
+        file.write(struct.pack("<H", len(digest)) + digest)
+
+
+def _is_sealed(path: Path) -> bool:
+    """Whether the archive is what `_seal` saw, bit for bit."""
+    with path.open("rb") as file:
+        left = file.seek(0, os.SEEK_END) - len(_NO_COMMENT) - _DIGEST
+        file.seek(0)
+        digest = hashlib.sha256()
+        while left > 0:
+            digest.update(chunk := file.read(min(left, 2**20)))
+            left -= len(chunk)
+        digest.update(_NO_COMMENT)
+        return file.read() == struct.pack("<H", _DIGEST) + digest.hexdigest().encode()
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -55,12 +86,10 @@ def load(path: Path) -> dict[str, Any]:
     """
     remedy = "Restore the file from a copy, or start again with another --out."
     try:
-        with zipfile.ZipFile(path) as archive:  # torch.load does not compare the checksums, so a flipped bit would pass
-            broken = archive.testzip()
-        if broken is not None:
-            raise zipfile.BadZipFile(f"wrong checksum of {broken}")
+        if not _is_sealed(path):  # torch.load does not look at checksums, so a flipped bit would pass
+            raise ValueError("its content is not what its hash says")
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise CheckpointError(f"Checkpoint {path} is damaged ({reason[0]}). {remedy}") from None
     if not isinstance(state, dict) or not state.keys() >= _KEYS:

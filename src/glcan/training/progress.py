@@ -9,7 +9,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -20,6 +19,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from glcan.console import plain_console
 from glcan.errors import RunError
 from glcan.training.config import RunConfig
 from glcan.training.evaluation import MEASURES, formatted
@@ -30,11 +30,11 @@ class _Bars:
     """Standard error, and on a terminal bars at its end while the context is open."""
 
     def __init__(self, unit: str, progress: bool) -> None:
-        self._console = Console(stderr=True, quiet=not progress)
+        self._console = plain_console(stderr=True, quiet=not progress)
         self._bars: Progress | None = None
         if progress and self._console.is_terminal:
             self._bars = Progress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=None),
                 MofNCompleteColumn(),
                 TextColumn(unit),
@@ -73,7 +73,7 @@ class Reporter(_Bars):
 
     def say(self, line: str) -> None:
         """One line, before the first step."""
-        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+        self._console.print(line, soft_wrap=True)
 
     def step(self, epoch: int) -> None:
         """One optimizer step is done; ``epoch`` counts from 1."""
@@ -87,7 +87,7 @@ class Reporter(_Bars):
         if self._bars is None and self._done < self._total:
             per_step = (time.monotonic() - self._started) / max(self._done - self._start_step, 1)
             line += _eta(per_step * (self._total - self._done))
-        self._console.print(line, highlight=False, soft_wrap=True)
+        self._console.print(line, soft_wrap=True)
 
 
 class Board(_Bars):
@@ -128,7 +128,7 @@ class Board(_Bars):
             began, epochs = self._begun[index]
             per_epoch = (time.monotonic() - began) / (record["epoch"] - epochs)
             line += _eta(per_epoch * (config.epochs - record["epoch"]))
-        self._console.print(line, highlight=False, soft_wrap=True)
+        self._console.print(line, soft_wrap=True)
 
 
 def _records(folder: Path) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ summary.json        written last: its presence means that the run is complete
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -125,6 +125,11 @@ class RunDirectory:
                 shown = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
                 raise RunError(f"{self.path} holds files that belong to no run ({shown}). Choose another --out.")
             return
+        if resume and not self.checkpoint.exists() and not self.summary.exists() and self._trained():
+            raise RunError(
+                f"{self.path} has no {self.checkpoint.name} any more, and resuming would begin the run anew and write "
+                f"over {self.metrics.name}. Put the file back, or choose another --out."
+            )
         differences = config.differences(self.read_config())
         listed = "; ".join(f"{name}: {there!r} there, {here!r} asked" for name, (here, there) in differences.items())
         if not resume:
@@ -197,6 +202,10 @@ class RunDirectory:
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
+    def _trained(self) -> bool:
+        """Whether an epoch was completed."""
+        return self.metrics.exists() and "\n" in self.metrics.read_text(encoding="utf-8")
+
     def _read(self, path: Path, remedy: str) -> dict[str, Any]:
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
@@ -207,6 +216,28 @@ class RunDirectory:
         if not isinstance(values, dict):
             raise RunError(f"{path} does not hold a JSON object. Restore it, or train again with another --out.")
         return values
+
+
+def check_code(out: Path, config: RunConfig, names: Sequence[str], given: Mapping[str, Any] | None = None) -> None:
+    """Refuses a run whose directory names code that would be executed, unless the same was given.
+
+    Args:
+        out: the run's directory, which may be somebody else's.
+        config: what it says.
+        names: of "model" and "method", what would be used.
+        given: what the user gave.
+
+    Raises:
+        RunError: it names a model or a rule as package.module:NAME.
+    """
+    for name in names:
+        value = getattr(config, name)
+        code = config.parsed.base if name == "method" else value
+        if ":" in code and (given or {}).get(name) != value:
+            raise RunError(
+                f"The run in {out} names {name} = {value!r}, code that would be imported, and so executed. If you know "
+                "what it does, add --trust (in Python: trust=True)."
+            )
 
 
 def read_metrics(out: Path) -> list[dict[str, Any]]:

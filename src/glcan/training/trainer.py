@@ -26,6 +26,7 @@ from glcan.training.progress import Reporter
 from glcan.training.run import Metric, RunDirectory, Summary, write_json
 from glcan.training.schedule import learning_rate
 from glcan.training.stop import Stop, Stopped
+from glcan.training.weights import check_weights, save_weights
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -59,6 +60,7 @@ def train(config: RunConfig, out: Path, *, resume: bool = False, progress: bool 
     with _arithmetic(config):
         data = load_data(config)
         learner = build(config, data)
+        check_weights(learner.model)
         surroundings = environment()
         with run.claim(config, resume, surroundings):
             return _Training(config, run, data, learner, surroundings, progress).run_all()
@@ -337,10 +339,8 @@ class _Training:
 
     def _finish(self) -> Summary:
         """Write weights and summary of the trained model."""
-        from safetensors.torch import save_model
-
         learner, state, last = self.learner, self.state, self.history[-1]
-        checkpoint.write_atomically(self.run.weights, lambda path: save_model(learner.model, str(path)))
+        checkpoint.write_atomically(self.run.weights, lambda path: save_weights(learner.model, path))
         self._measure()
         measures = MEASURES[self.config.task]
         metrics = _metrics(measures.units, last, "test")
