@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from glcan import LocalLearner
-from glcan.inspect.dryrun import dry_run
-from glcan.inspect.isolation import Boundary
-from glcan.models import create
-from glcan.inspect.features import Feature
-from glcan.inspect.record import profile as take_profile
+from glcan import Learner
 from glcan.auxiliary.backbone import Adapter, copied, copyable, frozen_copy, layers, move_towards, redrawn
+from glcan.inspect.dryrun import dry_run
+from glcan.inspect.features import Feature
+from glcan.inspect.isolation import Boundary
+from glcan.inspect.record import profile as take_profile
+from glcan.models import create
 
 CUTS = ["layer1.1", "layer2.0", "layer3.1"]
 
@@ -26,11 +26,11 @@ def batch() -> tuple[Tensor, Tensor]:
     return torch.randn(6, 3, 16, 16, generator=draw), torch.arange(6) % 3
 
 
-def learner(rule: str, cuts: list[str] | None = None, model: nn.Module | None = None, **options: Any) -> LocalLearner:
+def learner(rule: str, cuts: list[str] | None = None, model: nn.Module | None = None, **options: Any) -> Learner:
     torch.manual_seed(0)
     model = create("cifar_resnet20", num_classes=10).train() if model is None else model
     optimizer = partial(SGD, lr=0.1, momentum=0.9, weight_decay=0.1)
-    return LocalLearner(model, sample=batch(), cuts=cuts or CUTS, rule=rule, rule_options=options, optimizer=optimizer)
+    return Learner(model, sample=batch(), method=rule, cuts=cuts or CUTS, options=options, optimizer=optimizer)
 
 
 def weights(unit: nn.Module) -> dict[str, Tensor]:
@@ -79,9 +79,9 @@ def test_the_momentum_copy_begins_as_its_source_and_moves_by_the_average_alone()
 def test_a_local_loss_reaches_the_block_and_its_auxiliary_network_alone(rule: str, options: dict[str, Any]) -> None:
     mine = learner(rule, **options)
     for name, network in mine.auxiliary.items():
-        index = mine.names.index(name)
+        index = mine.plan.names.index(name)
         (entering,) = (torch.randn(f.shape, requires_grad=True) for f in mine.plan.units[index + 1][0].entering)
-        mine.rule.local_loss(mine.task, network(Boundary(index, "", (entering,)), batch()), batch()).backward()
+        mine.strategy.rule.local_loss(mine.task, network(Boundary(index, "", (entering,)), batch()), batch()).backward()
         assert entering.grad is not None
         assert entering.grad.abs().sum() > 0
         assert all(p.grad is not None for p in network.parameters())
@@ -191,9 +191,9 @@ def test_layers_and_what_leads_from_one_stage_to_the_next() -> None:
     profile = take_profile(model, batch()[:1], units=[*names[:9], "9", "10", "11"])
     assert [u.name for u in copyable(profile)] == names[:9]
     assert [u.name for u in layers(profile)] == ["0", "1", "2", "4", "5", "7", "8"]
-    made = LocalLearner(model, sample=batch(), cuts=["2"], units=names, rule="auglocal", rule_options={"depth": 3})
+    made = Learner(model, sample=batch(), method="auglocal", cuts=["2"], units=names, options={"depth": 3})
     assert made.auxiliary["block1"].names == ["3", "4", "5", "6", "8"]  # 4, 5 and 8, behind what leads there
-    made = LocalLearner(model, sample=batch(), cuts=["3"], units=names, rule="man")
+    made = Learner(model, sample=batch(), method="man", cuts=["3"], units=names)
     assert made.auxiliary["block1"].names == ["3", "4"]
     strided = nn.Sequential(*(nn.Conv2d(a, b, 3, 2, 1) for a, b in ((3, 8), (8, 16), (16, 16))), *tail)
     strided[-1] = nn.Linear(16, 10)

@@ -1,4 +1,4 @@
-"""The rule glcan: its options, its budget, the momentum exchange."""
+"""The rule glcan: its options, its budget, networks drawn together, the end of the model looked ahead to."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ from tests import zoo
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from glcan import Boundary, LiveMemory, LocalLearner
-from glcan.errors import ConfigError
-from glcan.models import create
-from glcan.auxiliary import create as create_rule
+from glcan import Boundary, Learner, LiveMemory
+from glcan.auxiliary import create
 from glcan.auxiliary.glcan.classification import LookAhead
 from glcan.auxiliary.maps import as_map, reduce_to
+from glcan.errors import ConfigError
+from glcan.models import create as create_model
 
 BATCH = (torch.randn(4, 3, 32, 32), torch.tensor([1, 2, 3, 4]))
 OPTIMIZER = partial(SGD, lr=0.05)
 
 
 def resnet() -> nn.Module:
-    return create("cifar_resnet32", num_classes=10)
+    return create_model("cifar_resnet32", num_classes=10)
 
 
 def vit() -> nn.Module:
     return zoo.timm("vit_tiny_patch16_224", img_size=32, patch_size=4, num_classes=10, depth=6, embed_dim=48)
 
 
-def learner(model: nn.Module | None = None, blocks: int = 4, **options: Any) -> LocalLearner:
+def learner(model: nn.Module | None = None, blocks: int = 4, **options: Any) -> Learner:
     model = model or resnet()
-    return LocalLearner(model, sample=BATCH, blocks=blocks, rule_options=options, optimizer=OPTIMIZER)
+    return Learner(model, sample=BATCH, method=f"glcan:{blocks}", options=options, optimizer=OPTIMIZER)
 
 
-def auxiliary_flops(mine: LocalLearner) -> int:
+def auxiliary_flops(mine: Learner) -> int:
     """Forward FLOPs of all auxiliary networks, as they run."""
     total = 0
 
@@ -60,7 +60,7 @@ def auxiliary_flops(mine: LocalLearner) -> int:
     return total
 
 
-@pytest.mark.parametrize("build", [resnet, vit, lambda: create("torchvision/resnet18", num_classes=10)])
+@pytest.mark.parametrize("build", [resnet, vit, lambda: create_model("torchvision/resnet18", num_classes=10)])
 @pytest.mark.parametrize(("budget", "blocks"), [(0.1, 4), (0.3, 4), (0.05, 2), (0.1, 6)])
 def test_the_budget_is_kept(build: Any, budget: float, blocks: int) -> None:
     mine = learner(build(), blocks, budget=budget, unit_share=0.0)
@@ -83,13 +83,13 @@ def test_width_overrides_the_budget() -> None:
 
 @pytest.mark.parametrize("build", [resnet, vit])
 def test_branches_can_be_switched_off(build: Any) -> None:
-    options = ({"use_local": True}, {"use_global": False}, {"use_local": False})
+    options = ({"local": "always"}, {"use_global": False}, {"local": "never"})
     both, local, far = (learner(build(), **chosen) for chosen in options)
 
-    def convolutions(mine: LocalLearner) -> int:
+    def convolutions(mine: Learner) -> int:
         return sum(isinstance(m, nn.Conv2d) for m in mine.auxiliary.modules())
 
-    def norms(mine: LocalLearner) -> int:
+    def norms(mine: Learner) -> int:
         return sum(isinstance(m, nn.LayerNorm) for m in mine.auxiliary.modules())
 
     assert convolutions(local) == 0 < convolutions(both)
@@ -99,19 +99,19 @@ def test_branches_can_be_switched_off(build: Any) -> None:
     assert widths[0] == widths[1] + widths[2]
 
 
-def has_local_branch(mine: LocalLearner) -> list[bool]:
+def has_local_branch(mine: Learner) -> list[bool]:
     return [network.norm is not None for network in mine.auxiliary.values()]
 
 
 def test_no_local_branch_where_the_skeleton_can_do_without() -> None:
     assert has_local_branch(learner()) == [False] * 3
-    assert has_local_branch(learner(use_local=True)) == [True] * 3
+    assert has_local_branch(learner(local="always")) == [True] * 3
     assert has_local_branch(learner(use_global=False)) == [True] * 3
     # class tokens, which the skeleton does not read
     assert has_local_branch(learner(vit())) == [True] * 3
-    assert has_local_branch(learner(vit(), use_local=False)) == [False] * 3
+    assert has_local_branch(learner(vit(), local="never")) == [False] * 3
     # narrower than 32 classes: 16 channels are, the 32 behind the last cut are not
-    many = learner(create("cifar_resnet32", num_classes=32), width=0.5)
+    many = learner(create_model("cifar_resnet32", num_classes=32), width=0.5)
     assert [network.skeleton.narrowest for network in many.auxiliary.values()] == [16, 16, 32]
     assert has_local_branch(many) == [True, True, False]
 
@@ -128,39 +128,12 @@ def test_the_skeleton_stands_for_the_stages_to_come() -> None:
     assert sum(p.numel() for p in mine.auxiliary.parameters()) < sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.75, 0.9])
-@pytest.mark.parametrize("build", [resnet, vit])
-def test_momentum_exchange_is_the_exact_moving_average(build: Any, momentum: float) -> None:
-    mine = learner(build(), unit="backbone", momentum=momentum)
-    plain = copy.deepcopy(mine)  # the same learner without the exchange
-    plain.rule = create_rule("glcan", {"unit": "backbone"})
-    torch.manual_seed(0)
-    mine.step(*BATCH)
-    torch.manual_seed(0)
-    plain.step(*BATCH)
-    mine.rule.before_pass(mine.auxiliary, mine.model)
-    compared = 0
-    for name, network in mine.auxiliary.items():
-        for unit_name, unit, before in zip(
-            network.skeleton.names, network.skeleton.units, plain.auxiliary[name].skeleton.units, strict=True
-        ):
-            real = dict(mine.model.get_submodule(unit_name).named_parameters())
-            updated = dict(before.named_parameters())
-            for key, parameter in unit.named_parameters():
-                wanted = momentum * updated[key] + (1 - momentum) * real[key]
-                torch.testing.assert_close(parameter, wanted, rtol=1e-6, atol=1e-7)
-                compared += 1
-    assert compared > 10
-    if momentum == 0:
-        assert torch.equal(parameter, real[key])
-
-
 @pytest.mark.parametrize("options", [{}, {"coupling": 0.25}, {"coupling": 0.0}])
 def test_networks_of_a_stage_are_drawn_together(options: dict[str, float]) -> None:
     mine = learner(blocks=16, **options)
     share = options.get("coupling", 0.1)
     before = copy.deepcopy(mine.auxiliary)
-    mine.rule.before_pass(mine.auxiliary, mine.model)
+    mine.strategy.rule.before_pass(mine.auxiliary, mine.model)
     stages: dict[str, list[str]] = {}
     for name, network in before.items():
         stages.setdefault(repr(network), []).append(name)
@@ -176,10 +149,10 @@ def test_networks_of_a_stage_are_drawn_together(options: dict[str, float]) -> No
     assert any(changed) == bool(share)
 
 
-def ends(cuts: list[str], model: nn.Module | None = None, unit_share: float = 9.0, **options: Any) -> LocalLearner:
+def ends(cuts: list[str], model: nn.Module | None = None, unit_share: float = 9.0, **options: Any) -> Learner:
     """Cut near the end, with a share that allows for copies."""
     options = {"unit_share": unit_share} | options
-    return LocalLearner(model or resnet(), sample=BATCH, cuts=cuts, rule_options=options, optimizer=OPTIMIZER)
+    return Learner(model or resnet(), sample=BATCH, method="glcan", cuts=cuts, options=options, optimizer=OPTIMIZER)
 
 
 @pytest.mark.parametrize("step", [True, False])
@@ -211,7 +184,7 @@ def test_the_last_blocks_learn_what_they_would_end_to_end(step: bool) -> None:
 
 
 def test_copies_of_the_end_are_made_where_they_are_cheap() -> None:
-    def copied(mine: LocalLearner) -> list[bool]:
+    def copied(mine: Learner) -> list[bool]:
         return [isinstance(network, LookAhead) for network in mine.auxiliary.values()]
 
     last = ["layer3.2", "layer3.3", "layer3.4"]
@@ -236,13 +209,13 @@ def test_a_model_without_a_linear_end_gets_one_of_its_own_behind_the_copies() ->
 
 
 def test_copies_are_no_part_of_the_model() -> None:
-    mine = learner(unit="backbone")
-    own = {p.data_ptr() for p in mine.model.parameters()}
-    assert not own & {p.data_ptr() for p in mine.auxiliary.parameters()}
-    unit = mine.auxiliary["block1"].skeleton.units[0]
-    name = mine.auxiliary["block1"].skeleton.names[0]
-    for key, value in unit.state_dict().items():
-        assert torch.equal(value, mine.model.get_submodule(name).state_dict()[key])
+    mine = ends(["layer3.3", "layer3.4"])
+    own = {p.data_ptr() for p in (*mine.model.parameters(), *mine.model.buffers())}
+    network = mine.auxiliary["block1"]
+    assert not own & {t.data_ptr() for t in (*mine.auxiliary.parameters(), *mine.auxiliary.buffers())}
+    for name, unit in zip(network.names, network.units, strict=True):
+        for key, value in unit.state_dict().items():
+            assert torch.equal(value, mine.model.get_submodule(name).state_dict()[key])
 
 
 @pytest.mark.parametrize(
@@ -252,16 +225,13 @@ def test_copies_are_no_part_of_the_model() -> None:
         ({"budget": 11.0}, "glcan.budget is 11"),
         ({"budget": True}, "glcan.budget is True; it must be a float"),
         ({"unit_cost": -1.0}, "glcan.unit_cost is -1"),
-        ({"memory": 0.0}, "glcan.cost.step is 0"),
+        ({"memory": 0.0}, "glcan.memory is 0"),
         ({"depth": 0}, "glcan.depth is 0"),
-        ({"use_local": False, "use_global": False}, "both off"),
-        ({"use_local": 1}, "glcan.use_local is 1; it must be a bool"),
+        ({"local": "never", "use_global": False}, "leave at least one branch on"),
+        ({"local": True}, "glcan.local is True; it must be one of 'needed', 'always', 'never'"),
+        ({"use_global": 1}, "glcan.use_global is 1; it must be a bool"),
         ({"width": 0}, "glcan.width is 0"),
         ({"width": "wide"}, "float or none"),
-        ({"unit": "transformer"}, "one of 'conv', 'backbone'"),
-        ({"momentum": 1.0, "unit": "backbone"}, "glcan.momentum is 1.0.*freeze"),
-        ({"momentum": 0.9}, "unit='backbone'"),
-        ({"momentum": 0.9, "unit": "backbone", "use_global": False}, "use_global=True"),
         ({"unit_share": -1.0}, "unit_share"),
         ({"coupling": 1.5}, "glcan.coupling is 1.5"),
         ({"look_ahead": 17}, "glcan.look_ahead is 17"),
@@ -269,11 +239,11 @@ def test_copies_are_no_part_of_the_model() -> None:
 )
 def test_options_that_cannot_be(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        create_rule("glcan", options)
+        create("glcan", "classification", options)
 
 
 def test_whole_numbers_will_do_for_floats() -> None:
-    assert create_rule("glcan", {"budget": 1, "width": 1}).config.width == 1
+    assert create("glcan", "classification", {"budget": 1, "width": 1}).config.width == 1
 
 
 # -- reading maps --------------------------------------------------------------------------------------------------

@@ -14,18 +14,17 @@ from torch.optim import SGD, AdamW
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.detection import FCOS
 
-from glcan import LocalLearner, plan, profile
-from glcan.errors import ConfigError
-from glcan.inspect.isolation import Boundary
-from glcan.models import create
+from glcan import Learner, plan, profile
 from glcan.auxiliary import dense_head
 from glcan.auxiliary.dense_head import DenseHead, pyramid_grids, scale_of, total_classes
 from glcan.auxiliary.glcan.detection import DetectionAuxiliary, fit_width, levels_of, pyramid_flops
+from glcan.errors import ConfigError
+from glcan.inspect.isolation import Boundary
+from glcan.models import create
 from glcan.tasks import Detection, detection
 
 SMALL = ["retinanet_small", "fcos_small"]
 CUTS = ["backbone.body.layer2.0", "backbone.body.layer3.1"]
-LOCAL: dict[str, Any] = {"joint": 0.0}  # auxiliary networks alone, which the default of detection does without
 
 
 def batch(dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
@@ -42,7 +41,7 @@ def detector(name: str, **options: Any) -> nn.Module:
     return create(name, num_classes=4, **({"image_size": 64} | options | (few if "rcnn" in name else {}))).train()
 
 
-def networks(learner: LocalLearner) -> list[DetectionAuxiliary]:
+def networks(learner: Learner) -> list[DetectionAuxiliary]:
     found = [network for network in learner.auxiliary.values() if isinstance(network, DetectionAuxiliary)]
     assert len(found) == learner.plan.blocks - 1
     return found
@@ -85,7 +84,7 @@ def test_losses_of_other_heads_stay_as_they_are() -> None:
 
 @pytest.mark.parametrize("name", SMALL)
 def test_the_last_block_learns_from_the_models_own_losses(name: str) -> None:
-    learner = LocalLearner(detector(name), "detection", batch(), cuts=CUTS, rule_options=LOCAL)
+    learner = Learner(detector(name), "detection", batch(), method="glcan", cuts=CUTS)
     losses = learner.backward(*batch())
     plain = sum(detector(name)(*batch()).values())
     torch.testing.assert_close(losses["block3"], plain.detach())
@@ -93,9 +92,7 @@ def test_the_last_block_learns_from_the_models_own_losses(name: str) -> None:
 
 @pytest.mark.parametrize("name", [*SMALL, "fasterrcnn_resnet18_fpn"])
 def test_every_detector_learns_in_blocks(name: str) -> None:
-    learner = LocalLearner(
-        detector(name), "detection", batch(), cuts=CUTS, rule_options=LOCAL, optimizer=partial(SGD, lr=1e-2)
-    )
+    learner = Learner(detector(name), "detection", batch(), method="glcan", cuts=CUTS, optimizer=partial(SGD, lr=1e-2))
     first = learner.step(*batch())
     for _ in range(8):
         last = learner.step(*batch())
@@ -103,8 +100,8 @@ def test_every_detector_learns_in_blocks(name: str) -> None:
 
 
 def test_auxiliary_networks_learn_the_targets_as_the_model_sees_them() -> None:
-    learner = LocalLearner(
-        detector("fcos_small", min_size=[48, 64, 80], max_size=96), "detection", batch(), cuts=CUTS, rule_options=LOCAL
+    learner = Learner(
+        detector("fcos_small", min_size=[48, 64, 80], max_size=96), "detection", batch(), method="glcan", cuts=CUTS
     )
     task = learner.task
     assert isinstance(task, Detection)
@@ -128,12 +125,12 @@ def test_auxiliary_networks_learn_the_targets_as_the_model_sees_them() -> None:
 
 @pytest.mark.parametrize(("budget", "blocks"), [(0.05, 3), (0.09, 4), (0.3, 4)])
 def test_the_budget_is_kept(budget: float, blocks: int) -> None:
-    learner = LocalLearner(
+    learner = Learner(
         detector("fcos_small", image_size=160),
         "detection",
         ([torch.rand(3, 160, 160)] * 2, [batch()[1][0]] * 2),
-        blocks=blocks,
-        rule_options=LOCAL | {"budget": budget},
+        method=f"glcan:{blocks}",
+        options={"budget": budget},
     )
     sample = ([torch.rand(3, 160, 160)] * 2, [batch()[1][0]] * 2)
     each = budget / (blocks - 1) * learner.profile.flops
@@ -162,24 +159,22 @@ def test_more_budget_gives_wider_pyramids() -> None:
 
 
 def test_levels_begin_at_the_blocks_own_scale() -> None:
-    learner = LocalLearner(detector("retinanet_small"), "detection", batch(), cuts=CUTS, rule_options=LOCAL)
+    learner = Learner(detector("retinanet_small"), "detection", batch(), method="glcan", cuts=CUTS)
     first, second = networks(learner)
     assert first.levels == [(8, 8), (4, 4), (2, 2)]  # its own map is 16 x 16, finer than the detector's finest level
     assert first.reduction == [2]
     assert second.levels == [(8, 8), (4, 4), (2, 2)]  # the end of the second stage passes by
     assert second.at == [1, 0]
-    alone = LocalLearner(
-        detector("retinanet_small"), "detection", batch(), cuts=CUTS, rule="dgl", rule_options={"budget": 0.5}
-    )
+    alone = Learner(detector("retinanet_small"), "detection", batch(), method="dgl", cuts=CUTS, options={"budget": 0.5})
     assert [network.levels for network in networks(alone)] == [[(8, 8)], [(4, 4)]]
 
 
 def test_maps_that_pass_by_a_cut_are_levels_where_the_detector_will_read_them() -> None:
     cuts = ["backbone.body.layer2.1", "backbone.body.layer3.0"]
     options = {"pyramid_maps": False}
-    alone = LocalLearner(detector("fcos_small"), "detection", batch(), cuts=cuts, rule_options=LOCAL | options)
+    alone = Learner(detector("fcos_small"), "detection", batch(), method="glcan", cuts=cuts, options=options)
     assert [network.levels[0] for network in networks(alone)] == [(8, 8), (8, 8)]
-    learner = LocalLearner(detector("fcos_small"), "detection", batch(), cuts=cuts, rule_options=LOCAL)
+    learner = Learner(detector("fcos_small"), "detection", batch(), method="glcan", cuts=cuts)
     first, second = networks(learner)
     assert first.levels == [(16, 16), (8, 8), (4, 4)]
     assert first.at == [1, 0]  # what enters, and the end of the first stage, which goes on to the pyramid
@@ -200,8 +195,8 @@ def test_maps_that_pass_by_a_cut_are_levels_where_the_detector_will_read_them() 
 
 
 def test_a_cut_behind_the_pyramid_hands_on_all_of_its_levels() -> None:
-    learner = LocalLearner(
-        detector("fcos_small"), "detection", batch(), cuts=["backbone.body.layer2.0", "head"], rule_options=LOCAL
+    learner = Learner(
+        detector("fcos_small"), "detection", batch(), method="glcan", cuts=["backbone.body.layer2.0", "head"]
     )
     *_, last = networks(learner)
     assert last.at == [0, 1, 2]
@@ -210,8 +205,8 @@ def test_a_cut_behind_the_pyramid_hands_on_all_of_its_levels() -> None:
 
 
 def test_without_the_local_branch_the_finest_level_comes_from_the_coarser_ones() -> None:
-    options = LOCAL | {"use_local": False}
-    learner = LocalLearner(detector("retinanet_small"), "detection", batch(), cuts=CUTS, rule_options=options)
+    options = {"use_local": False}
+    learner = Learner(detector("retinanet_small"), "detection", batch(), method="glcan", cuts=CUTS, options=options)
     for network in networks(learner):
         given: list[Any] = []
         network.head.register_forward_pre_hook(lambda module, inputs, given=given: given.append(inputs[0]))
@@ -232,7 +227,7 @@ def test_a_head_on_maps_of_other_sizes() -> None:
 def test_all_blocks_learn_from_one_assignment_of_objects_to_places(monkeypatch: pytest.MonkeyPatch) -> None:
     """Networks on the same levels share it: the losses are those of each by itself, and a new step has a new one."""
     cuts = ["backbone.body.layer1.0", "backbone.body.layer1.1"]
-    learner = LocalLearner(detector("fcos_small"), "detection", batch(), cuts=cuts, rule_options=LOCAL)
+    learner = Learner(detector("fcos_small"), "detection", batch(), method="glcan", cuts=cuts)
     count = mock.Mock(side_effect=FCOS.compute_loss)
     monkeypatch.setattr(FCOS, "compute_loss", lambda *args: count(*args))
     shared = learner.backward(*batch())
@@ -249,8 +244,8 @@ def test_all_blocks_learn_from_one_assignment_of_objects_to_places(monkeypatch: 
 
 @pytest.mark.parametrize("name", SMALL)
 def test_to_the_isolation_the_losses_are_one_operation(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    learner = LocalLearner(
-        detector(name), "detection", batch(), cuts=CUTS, rule_options=LOCAL, optimizer=partial(AdamW, lr=1e-3)
+    learner = Learner(
+        detector(name), "detection", batch(), method="glcan", cuts=CUTS, optimizer=partial(AdamW, lr=1e-3)
     )
     seen = zoo.watched(monkeypatch)
     learner.step(*batch())
@@ -275,15 +270,12 @@ def test_losses_of_a_users_own_are_looked_into() -> None:
 def test_it_needs_less_memory_than_end_to_end_training() -> None:
     model = detector("retinanet_small", image_size=160)
     sample = ([torch.rand(3, 160, 160)] * 4, [batch()[1][0]] * 4)
-    found = plan(model, "detection", sample, blocks=4)
+    found = plan(model, "detection", sample, method="glcan:4")
     assert found.ratios("e2e")["activation_ratio"] < 0.5
     assert found.ratios("e2e")["flops_ratio"] < 1.1
 
 
 def test_what_it_does_not_serve_is_refused() -> None:
-    with pytest.raises(ConfigError, match="'backbone' is for classification"):
-        LocalLearner(detector("fcos_small"), "detection", batch(), cuts=CUTS, rule_options=LOCAL | {"unit": "backbone"})
-
     class Bare(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -294,18 +286,18 @@ def test_what_it_does_not_serve_is_refused() -> None:
 
     images = [torch.rand(3, 32, 32)] * 2
     with pytest.raises(ConfigError, match="Bare has no sub-module 'transform'"):
-        LocalLearner(Bare(), "detection", (images, batch()[1]), cuts=["second"], rule_options=LOCAL)
+        Learner(Bare(), "detection", (images, batch()[1]), method="glcan", cuts=["second"])
     with pytest.raises(ConfigError, match="Linear does not say how many classes"):
         total_classes(nn.Linear(1, 1))
     with pytest.raises(ConfigError, match=r"dgl.budget is 0"):
-        LocalLearner(detector("fcos_small"), "detection", batch(), cuts=CUTS, rule="dgl", rule_options={"budget": 0})
+        Learner(detector("fcos_small"), "detection", batch(), method="dgl", cuts=CUTS, options={"budget": 0})
 
 
 def test_maps_that_pass_by_are_found_in_batches_of_any_size() -> None:
     """The transform gives tensors for each image, so what comes after them must not be known by its number alone."""
     images, targets = batch()
-    learner = LocalLearner(
-        detector("fcos_small"), "detection", (images, targets), cuts=["backbone.body.layer2.1"], rule_options=LOCAL
+    learner = Learner(
+        detector("fcos_small"), "detection", (images, targets), method="glcan", cuts=["backbone.body.layer2.1"]
     )
     (network,) = networks(learner)
     assert len(network.read) == 2  # the map of stride 4 goes straight to the pyramid

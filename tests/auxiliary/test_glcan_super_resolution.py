@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.zoo import ZOO, gradients
 from torch import Tensor, nn
 from torch.optim import Adam
 
 import glcan
-from glcan import Boundary, LocalLearner
-from glcan.errors import ConfigError
-from glcan.models import create
+from glcan import Boundary, Learner
 from glcan.auxiliary.glcan.super_resolution import FoldedEnd, auxiliary_flops, fit
+from glcan.models import create
 
 OPTIMIZER = partial(Adam, lr=1e-3)
 
@@ -33,11 +30,9 @@ def network(scale: int = 2) -> nn.Module:
     return create("edsr_baseline", scale=scale, blocks=6, channels=16)
 
 
-def learner(model: nn.Module, sample: Any, **options: Any) -> LocalLearner:
-    """With auxiliary networks, unless ``joint`` says otherwise."""
+def learner(model: nn.Module, sample: Any, **options: Any) -> Learner:
     torch.manual_seed(1)
-    options = {"joint": 0.0} | options
-    return LocalLearner(model, "super-resolution", sample, blocks=3, rule_options=options, optimizer=OPTIMIZER)
+    return Learner(model, "super-resolution", sample, method="glcan:3", options=options, optimizer=OPTIMIZER)
 
 
 def test_the_image_is_made_of_the_features_alone() -> None:
@@ -89,9 +84,9 @@ def test_the_last_block_is_long_for_little_more_memory() -> None:
     sample = (low, torch.rand(16, 3, 48, 48))
     torch.manual_seed(0)
     model = create("edsr_baseline", scale=2, blocks=12, channels=16)
-    options = {"task": "super-resolution", "sample": sample, "blocks": 4, "optimizer": OPTIMIZER, "baselines": ()}
-    short = glcan.plan(model, rule_options={"long_end": 0.0, "joint": 0.0}, **options)
-    long = glcan.plan(model, rule_options={"joint": 0.0}, **options | {"baselines": ("e2e",)})
+    options = {"task": "super-resolution", "sample": sample, "method": "glcan:4", "optimizer": OPTIMIZER}
+    short = glcan.plan(model, **options, options={"long_end": 0.0}, baselines=())
+    long = glcan.plan(model, **options, baselines=("e2e",))
     e2e = long.baselines["e2e"]
     assert not short.plan.recompute
     last = {unit.name for unit in long.plan.units[-1]}
@@ -99,23 +94,20 @@ def test_the_last_block_is_long_for_little_more_memory() -> None:
     assert len(long.plan.units[-1]) > len(short.plan.units[-1])
     assert long.cost.activation_peak_bytes < 1.2 * short.cost.activation_peak_bytes
     assert short.cost.flops < long.cost.flops < short.cost.flops + (0.32 / 3 + 0.02) * e2e.flops
-    joint = glcan.plan(model, **options)
-    assert len(joint.plan.units[-1]) > len(long.plan.units[-1])  # as long as the memory of that even cut allows
-    assert joint.cost.activation_peak_bytes < 1.2 * short.cost.activation_peak_bytes
-    assert joint.cost.flops < long.cost.flops
 
 
 def test_recomputed_units_change_no_gradient() -> None:
     sample = batch(dtype=torch.float64)
-    options = {"long_end": 1.0, "joint": 0.0}
+    options = {"long_end": 1.0}
     long = learner(network().double(), sample, **options)
     assert any(len(names) > 1 for names in long.plan.recomputed_units)
-    plain = LocalLearner(
+    plain = Learner(
         network().double(),
         "super-resolution",
         sample,
+        method="glcan:3",
         cuts=long.plan.cuts,
-        rule_options=options,
+        options=options,
         optimizer=OPTIMIZER,
     )
     plain.load_state_dict(long.state_dict())
@@ -134,7 +126,7 @@ def test_units_are_recomputed_behind_frozen_blocks_too() -> None:
     assert mine.plan.recompute
     costs = []
     for frozen in range(3):
-        mine.frozen = frozen
+        mine.switch(frozen=frozen)
         costs.append(glcan.measure_step(mine, *sample))
     assert costs[0].activation_peak_bytes >= costs[1].activation_peak_bytes >= costs[2].activation_peak_bytes
     assert "forward" not in mine.model.get_submodule(mine.plan.cuts[0]).__dict__
@@ -171,34 +163,3 @@ def test_either_branch_alone(options: dict[str, bool]) -> None:
     for _ in range(15):
         last = mine.step(*sample)
     assert all(last[name] < first[name] for name in first)
-
-
-def test_backbone_units_are_for_classification() -> None:
-    with pytest.raises(ConfigError, match="is for classification"):
-        learner(network(), batch(), unit="backbone")
-
-
-@pytest.mark.filterwarnings("ignore:torch.meshgrid")
-@pytest.mark.parametrize("name", ["EDSR", "RCAN", "SwinIR", "HAT"])
-def test_half_of_the_batch_trains_all_blocks_and_all_of_it_the_last_one(name: str) -> None:
-    torch.manual_seed(0)
-    model = (network() if name == "EDSR" else ZOO[f"spandrel/{name}"][0]()).double().train()
-    for module in model.modules():
-        if hasattr(module, "drop_prob"):
-            module.drop_prob = 0.0
-    low, high = torch.rand(4, 3, 32, 32).double(), torch.rand(4, 3, 64, 64).double()
-
-    def end_to_end(images: int) -> dict[str, Tensor]:
-        twin = copy.deepcopy(model)
-        (twin(low[:images].clone()) - high[:images]).abs().mean().backward()  # RCAN writes into its input
-        return gradients(twin)
-
-    half, whole = end_to_end(2), end_to_end(4)
-    learner = LocalLearner(model, "super-resolution", (low, high), blocks=4)
-    learner.backward(low, high)
-    last = tuple(f"{unit.name}." for unit in learner.plan.units[-1])
-    found = gradients(model)
-    assert found.keys() == whole.keys()
-    for parameter, gradient in found.items():
-        wanted = (whole if parameter.startswith(last) else half)[parameter]
-        torch.testing.assert_close(gradient, wanted, rtol=1e-9, atol=1e-12 * float(wanted.abs().max()) + 1e-15)

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.optim import SGD
 
-from glcan import LocalLearner
+from glcan import Learner
+from glcan.auxiliary import create as create_rule
 from glcan.errors import ConfigError, UnknownName
 from glcan.models import create
-from glcan.auxiliary import create as create_rule
 from glcan.training import RunConfig, train
 
 DOCS = Path(__file__).parents[2] / "docs" / "localbench.md"
@@ -29,12 +29,12 @@ def test_the_documented_rule_trains(module):
     torch.manual_seed(0)
     images, labels = torch.randn(16, 1, 16, 16), torch.arange(16) % 4
     model = create("cifar_resnet20", num_classes=4, in_channels=1)
-    learner = LocalLearner(
+    learner = Learner(
         model,
         sample=(images, labels),
+        method=f"{module}:Pooled:3",
         cuts=["layer2.1", "layer3.1"],
-        rule=f"{module}:Pooled",
-        rule_options={"grid": 4},
+        options={"grid": 4},
         optimizer=partial(SGD, lr=0.05, momentum=0.9),
     )
     assert [a.linear.in_features for a in learner.auxiliary.values()] == [32 * 16, 64 * 16]
@@ -43,17 +43,17 @@ def test_the_documented_rule_trains(module):
 
 
 def test_a_run_takes_it_by_its_import_path(module, tmp_path):
-    config = RunConfig(rule=f"{module}:Pooled", epochs=1, limit=64, batch=32, blocks=2, device="cpu")
+    config = RunConfig(method=f"{module}:Pooled:2", epochs=1, limit=64, batch=32, device="cpu")
     summary = train(config, tmp_path / "run", progress=False)
     assert (summary.blocks, summary.auxiliary_parameters) == (2, 10 * (4 * 16 + 1))
 
 
 def test_what_is_no_rule_is_refused(module):
     with pytest.raises(ConfigError, match=r"pooled.grid is 0; it must lie in 1 \.\.\. 16"):
-        create_rule(f"{module}:Pooled", {"grid": 0})
+        create_rule(f"{module}:Pooled", "classification", {"grid": 0})
     with pytest.raises(ConfigError, match="is no rule. Give a class that is derived from"):
-        create_rule(f"{module}:number")
+        create_rule(f"{module}:number", "classification")
     with pytest.raises(UnknownName, match=f"Unknown rule '{module}:Poled'. Did you mean '{module}:Pooled'"):
-        create_rule(f"{module}:Poled")
+        create_rule(f"{module}:Poled", "classification")
     with pytest.raises(ConfigError, match="no module 'nowhere' for the rule"):
-        create_rule("nowhere:Rule")
+        create_rule("nowhere:Rule", "classification")

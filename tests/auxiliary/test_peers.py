@@ -9,15 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glcan import LocalLearner
-from glcan.errors import ConfigError
-from glcan.inspect.isolation import Boundary
-from glcan.models import create
-from glcan.inspect.features import Feature
+from glcan import Learner
 from glcan.auxiliary.auglocal import AugLocalAuxiliary, pyramidal, uniform
 from glcan.auxiliary.dgl import PooledClassifier
 from glcan.auxiliary.infopro import InfoProAuxiliary, contrast, published, scaled
 from glcan.auxiliary.predsim import PredSim, PredSimAuxiliary, halvings, similarity
+from glcan.errors import ConfigError
+from glcan.inspect.features import Feature
+from glcan.inspect.isolation import Boundary
+from glcan.models import create
 from glcan.tasks import Classification
 
 
@@ -26,17 +26,17 @@ def batch(images: int = 6) -> tuple[Tensor, Tensor]:
     return torch.randn(images, 3, 32, 32, generator=draw), torch.arange(images) % 3
 
 
-def learner(rule: str, blocks: int = 4, **options: Any) -> LocalLearner:
+def learner(rule: str, blocks: int = 4, **options: Any) -> Learner:
     torch.manual_seed(0)
     model = create("cifar_resnet20", num_classes=10).train()
-    return LocalLearner(model, sample=batch(), blocks=blocks, rule=rule, rule_options=options)
+    return Learner(model, sample=batch(), method=f"{rule}:{blocks}", options=options)
 
 
 def resnet32(rule: str, **options: Any) -> list[nn.Module]:
     """The auxiliary networks of a ResNet-32 in 16 blocks: its first convolution, and each of its 15 residual blocks."""
     cuts = [f"layer{stage}.{i}" for stage in (1, 2, 3) for i in range(5)]
     model = create("cifar_resnet32", num_classes=10).train()
-    made = LocalLearner(model, sample=batch(), cuts=cuts, rule=rule, rule_options=options, leak_check=False)
+    made = Learner(model, sample=batch(), method=rule, cuts=cuts, options=options, leak_check=False)
     return list(made.auxiliary.values())
 
 

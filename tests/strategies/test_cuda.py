@@ -175,18 +175,15 @@ def test_a_recorded_learner_changes_its_state() -> None:
     trained = {}
     for cuda_graph in (False, True):
         torch.manual_seed(1)
-        learner = Learner(
-            copy.deepcopy(model), sample=sample, method="glcan:4", cuda_graph=cuda_graph, optimizer=MOMENTUM
-        )
+        options: dict[str, Any] = {"method": "glcan:4", "cuda_graph": cuda_graph, "optimizer": MOMENTUM}
+        learner = Learner(copy.deepcopy(model), sample=sample, **options)
         for i in range(16):
             learner.switch(end_to_end=i < 5, frozen=2 * (i > 10))
             if i == 8:
                 next(m for m in learner.model.modules() if isinstance(m, nn.BatchNorm2d)).eval()
             learner.step(*sample)
-        assert len(learner._pass._recordings._passes) == 4 * cuda_graph
-        learner.cuda_graph = False
-        learner.step(*sample)
-        assert not learner._pass._recordings._passes
+        if cuda_graph:
+            assert len(learner._pass._recordings._passes) == 4
         trained[cuda_graph] = learner.model.state_dict()
     assert_close(trained[True], trained[False], rtol=1e-8, atol=1e-10)
 
@@ -234,7 +231,7 @@ def test_what_reads_values_cannot_be_recorded_and_runs_on_without() -> None:
             learner.step(*sample)
     assert torch.cuda.current_stream() == stream
     assert torch.rand(8, device="cuda").unique().numel() > 1
-    learner.cuda_graph = False
+    learner = Learner(learner.model, sample=sample, method="e2e", optimizer=MOMENTUM)
     assert torch.isfinite(learner.step(*sample)["block1"])
 
 
