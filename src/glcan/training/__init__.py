@@ -2,8 +2,8 @@
 
 from glcan.training.building import autocast_dtype, build, class_names, create_model, load_data
 from glcan.training.config import RunConfig, load_recipe, read_recipe, recipe_names
-from glcan.training.environment import environment, resolve_device
 from glcan.training.evaluation import MEASURES, evaluate, formatted
+from glcan.training.machine import environment, resolve_device
 from glcan.training.run import Metric, RunDirectory, Summary, read_metrics
 from glcan.training.trainer import train
 from glcan.training.upscaling import open_picture, upscale, upscale_picture

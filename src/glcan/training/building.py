@@ -15,7 +15,7 @@ from glcan.errors import ConfigError, DataError, GlcanError, UnknownName
 from glcan.training import checkpoint
 from glcan.training.config import RunConfig
 from glcan.training.detection import check_predictions
-from glcan.training.environment import resolve_device
+from glcan.training.machine import resolve_device
 
 if TYPE_CHECKING:
     from glcan.data import DetectionData, ImageData, PairData

@@ -19,8 +19,8 @@ from glcan.errors import CheckpointError, DataError, NonFiniteLoss, RunError
 from glcan.training import checkpoint
 from glcan.training.building import autocast_dtype, build, class_names, load_data, to_device
 from glcan.training.config import RunConfig
-from glcan.training.environment import environment
 from glcan.training.evaluation import MEASURES, evaluate
+from glcan.training.machine import environment
 from glcan.training.phases import RunPhase, phases_of, schedule_share
 from glcan.training.progress import Reporter
 from glcan.training.run import Metric, RunDirectory, Summary, write_json
