@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from glcan.inspect.dryrun import fake_copy
 from glcan.errors import ConfigError, UnknownName
+from glcan.inspect.dryrun import fake_copy
 from glcan.models import create, names, spandrel
 
 # As published, for x2 (SwinIR: 11.75M and 0.91M; RCAN: 15.4M; HAT: 20.6M).
