@@ -70,7 +70,7 @@ def test_plan_of_a_method_without_blocks(glcan, method, family):
 def test_plan_of_own_cuts(glcan):
     found = json.loads(glcan(*PLAN, "--cuts", "layer2.0,layer3.0", "--json").stdout)
     assert (found["method"], found["cuts"], found["blocks"]) == ("glcan:3", ["layer2.0", "layer3.0"], 3)
-    assert found["vs_e2e"]["activation_ratio"] < 0.6
+    assert found["vs_e2e"]["activation_ratio"] < 0.8
 
 
 def test_plan_prints_tables(glcan):

@@ -97,6 +97,18 @@ def test_what_does_not_fit_is_refused_before_training(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_test_images_without_objects_are_refused_before_training(tmp_path: Path) -> None:
+    write_coco(tmp_path / "coco")
+    path = tmp_path / "coco/annotations/instances_val2017.json"
+    content = json.loads(path.read_text())
+    crowds = [entry | {"iscrowd": 1} for entry in content["annotations"]]
+    for annotations in ([], crowds):
+        path.write_text(json.dumps(content | {"annotations": annotations}))
+        with pytest.raises(DataError, match="no mAP can be computed"):
+            train(few(data="coco", data_root=tmp_path / "coco"), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
 def test_images_of_mixed_sizes_from_files(tmp_path: Path) -> None:
     write_coco(tmp_path / "coco")
     config = few(data="coco", data_root=tmp_path / "coco", batch=2, epochs=1, model="retinanet_small")
