@@ -102,8 +102,8 @@ def test_test_images_without_objects_are_refused_before_training(tmp_path: Path)
     path = tmp_path / "coco/annotations/instances_val2017.json"
     content = json.loads(path.read_text())
     crowds = [entry | {"iscrowd": 1} for entry in content["annotations"]]
-    for annotations in ([], crowds):
-        path.write_text(json.dumps(content | {"annotations": annotations}))
+    for entries in ([], crowds):
+        path.write_text(json.dumps(content | {"annotations": entries}))
         with pytest.raises(DataError, match="no mAP can be computed"):
             train(few(data="coco", data_root=tmp_path / "coco"), tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
