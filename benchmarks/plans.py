@@ -80,8 +80,10 @@ class Case:
             "optimizer": self.optimizer,
         } | ({"scale": self.scale} if self.scale else {})
 
-    def command(self, method: str) -> str:
-        """The command line that gives this plan."""
+    def command(self, method: str) -> str | None:
+        """The command line that gives this plan; none with parts of a single image, which it refuses."""
+        if self.batch < 2 * parse_method(method).accumulate:
+            return None
         size = f"--batch {self.batch} --image {self.image[0]}x{self.image[1]} --optimizer {self.optimizer}"
         scale = f" --scale {self.scale}" if self.scale else ""
         return f"glcan plan {self.model} --task {self.task} {size}{scale} --method {method} --json"
