@@ -55,7 +55,7 @@ def test_plans_of_any_batch_are_of_auxiliary_networks(images: int) -> None:
     build, side, _ = CASES["classification"]
     found = glcan.plan(build(), sample=sample_of("classification", images, side), method="glcan:4", baselines=())
     assert (found.method, found.family, found.plan.blocks) == ("glcan:4", "local", 4)
-    assert found.auxiliary_parameters == 13_386 or found.auxiliary_parameters > 0
+    assert found.auxiliary_parameters > 0
     assert found.as_dict()["auxiliary_parameters"] == found.auxiliary_parameters
 
 

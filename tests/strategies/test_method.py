@@ -3,7 +3,7 @@
 import pytest
 
 from glcan.errors import ConfigError, UnknownName
-from glcan.strategies import Method, parse_method, parse_methods
+from glcan.strategies import Method, create, family_of, names, parse_method, parse_methods
 
 
 @pytest.mark.parametrize(
@@ -27,6 +27,9 @@ from glcan.strategies import Method, parse_method, parse_methods
         ("glcan:4+accumulate:2+start:0.25", Method("glcan", 4, 2, start=0.25), "glcan:4+start:0.25+accumulate:2"),
         ("my.rules:Small:4", Method("my.rules:Small", 4), "my.rules:Small:4"),
         ("my.rules:Small", Method("my.rules:Small"), "my.rules:Small"),
+        ("my_rules:Own:4+accumulate:2", Method("my_rules:Own", 4, 2), "my_rules:Own:4+accumulate:2"),
+        ("manpp:16", Method("manpp", 16), "manpp:16"),
+        ("selective+accumulate:2", Method("selective", accumulate=2), "selective+accumulate:2"),
     ],
 )
 def test_a_method_is_written_as_it_is_read(text, method, written):
@@ -75,6 +78,10 @@ def test_blocks_must_be_a_positive_integer(blocks):
         ("glcan:4+start:0.6+freeze:0.5", "Lower the start"),
         ("e2e+accumulate", "'' parts, which is no positive integer"),
         ("e2e+accumulate:0", "no positive integer"),
+        ("glcan:4+accumulate:2+accumulate:2", r"'\+accumulate:2' twice"),
+        ("glcan:4+", r"has '\+'; there may be"),
+        ("glcan:4+start:0.5+finish:0.6", "the first block has only 0.4 of them"),
+        ("my.rules:Own:x", "has 'x' blocks.*'my.rules:Own:4'"),
     ],
 )
 def test_what_cannot_be_is_refused(text, message):
@@ -92,3 +99,38 @@ def test_methods_are_kept_in_order_and_named_once():
 
 def test_folders_have_no_colon():
     assert parse_method("glcan:4+start:0.3").folder == "glcan-4+start-0.3"
+    assert ":" not in parse_method("pkg.rules:Own:4+accumulate:2").folder
+
+
+def test_the_core_is_the_method_without_parts_and_phases():
+    method = parse_method("glcan:4+accumulate:2")
+    assert (method.base, method.number, method.core, method.accumulate) == ("glcan", 4, "glcan:4", 2)
+    assert not method.phased
+    assert parse_method("pkg.rules:Own:4+accumulate:2").core == "pkg.rules:Own:4"
+    assert all(parse_method(f"glcan:4+{phase}").phased for phase in ("start", "freeze", "finish"))
+    families = [family_of(name) for name in ("e2e", "selective", "glcan", "my.rules:Own")]
+    assert families == ["exact", "sampled", "local", "local"]
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_name_makes_a_strategy(name):
+    local = family_of(name) == "local"
+    strategy = create(f"{name}:3" if local else name, "classification")
+    assert strategy.name == name
+    assert strategy.number == (3 if local else None)
+    assert strategy.summary
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "error", "message"),
+    [
+        ("e2e", {"budget": 1}, ConfigError, "'e2e' has no options, but got budget"),
+        ("glcan:4", {"budjet": 1}, UnknownName, "option of 'glcan' 'budjet'.*'budget'"),
+        ("glcan:4", {"budget": "much"}, ConfigError, "glcan.budget is 'much'; it must be a float"),
+        ("selective", {"share": 1.5}, ConfigError, r"selective.share is 1.5; it must lie in \(0, 1\]"),
+        ("nowhere:Rule:4", {}, ConfigError, "no module 'nowhere' for the rule"),
+    ],
+)
+def test_options_are_checked(method, options, error, message):
+    with pytest.raises(error, match=message):
+        create(method, "classification", options)
