@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
@@ -65,12 +64,16 @@ class Setting:
     autocast: torch.dtype | None = None
     leak_check: bool = True
 
-    @functools.cached_property
+    @property
     def pieces(self) -> Mapping[str, Piece]:
-        """What the pieces of the model between two places to cut need."""
-        args, kwargs = self.task.arguments(self.batch)
-        with self.task.running(self.model):
-            return measure_pieces(self.model, args, kwargs, self.profile, assume=self.task.assumes)
+        """What the pieces of the model between two places to cut need; kept with the profile, as all strategies ask."""
+        kept = vars(self.profile)
+        if "pieces" not in kept:
+            args, kwargs = self.task.arguments(self.batch)
+            with self.task.running(self.model):
+                kept["pieces"] = measure_pieces(self.model, args, kwargs, self.profile, assume=self.task.assumes)
+        found: Mapping[str, Piece] = kept["pieces"]
+        return found
 
     def arguments(self, batch: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The model's arguments; copies, where it writes into them."""
