@@ -27,7 +27,9 @@ def report(plan: Plan) -> str:
         return f"{plan.name}: no run is there yet"
     text = table(plan.name, plan.bench, rows)
     (plan.results / "table.md").write_text(text, encoding="utf-8")
-    write_json(plan.results / "table.json", {"bench": plan.name, "rows": rows})
+    before = all(BOXES in str(row.get("note")) for row in rows)
+    note = {"note": BOXES} if before else {}
+    write_json(plan.results / "table.json", {"bench": plan.name, "rows": rows} | note)
     cost_plot(plan, rows).savefig(plan.results / "metric_against_cost.png", dpi=150)
     if any(row["probe_accuracy"] for row in rows):
         probe_plot(plan, rows).savefig(plan.results / "probes.png", dpi=150)
