@@ -126,8 +126,7 @@ class Learner:
         self.task = copy.copy(tasks.create(task))
         self.autocast, self.clip_norm = autocast, clip_norm
         self._options, self._cuda_graph = dict(options or {}), cuda_graph
-        self._factory, self._sample, self._units = optimizer, tuple(sample), units
-        self._leak_check = leak_check
+        self._factory, self._sample, self._units, self._leak_check = optimizer, tuple(sample), units, leak_check
         again = recompute if isinstance(recompute, bool) else tuple(recompute)
         self._wanted = Wanted(None if cuts is None else tuple(cuts), again)
         self._watchers: list[Callable[[str], None]] = []
@@ -142,23 +141,22 @@ class Learner:
         part = first_part(self.task, self._sample, self.method.accumulate)
         profile = self._profile
         if profile is None:
-            few = self.task.part(part, 0, min(2, len(part[0])))
+            few = self.task.arguments(self.task.part(part, 0, 2)) if len(part[0]) > 2 else None
             with strategy.around(self.task, self.model):
                 profile = self._profile = take_profile(
                     self.model,
                     *self.task.arguments(part),
                     units=self._units,
                     assume=self.task.assumes,
-                    few=self.task.arguments(few),
+                    few=few,
                 )
         profile = strategy.prepared(self.model, self.task, profile, self._wanted)
         images = len(part[0])
         looked_at = min(profile.batch, images)
         whole = profile if looked_at == images else profile.scaled(images)
         self.task.prepare(whole.output, part)
-        setting = Setting(
-            self.model, self.task, self.task.part(part, 0, looked_at), profile, self.autocast, self._leak_check
-        )
+        seen = self.task.part(part, 0, looked_at)
+        setting = Setting(self.model, self.task, seen, profile, self.autocast, self._leak_check)
         bound: Pass = strategy.bind(setting, strategy.plan(setting, self._wanted))
         bound.plan = bound.plan.scaled(looked_at, images)
         self.strategy, self.profile = strategy, whole
@@ -269,6 +267,8 @@ class Learner:
             ConfigError, CutError: the method or phase cannot be.
         """
         wanted = self.method if method is None else parse_method(method)
+        if wanted.number is None and wanted.base == self.method.base:
+            wanted = dataclasses.replace(wanted, number=self.method.number)
         if wanted != self.method:
             if wanted.core != self.method.core:
                 self._options, self._wanted = {}, Wanted()

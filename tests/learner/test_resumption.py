@@ -57,7 +57,7 @@ class Wider(Small):
     ("other", "message"),
     [
         (dict(cuts=["a", "c"]), "cuts"),
-        (dict(cuts=["d"]), "cuts"),
+        (dict(cuts=["d"]), "method='glcan:2'"),
         (dict(method="e2e", cuts=None), "method='e2e'"),
         (dict(method="selective", cuts=None), "method='selective'"),
         (dict(options={"use_global": False}), "options"),

@@ -318,7 +318,7 @@ def _result(
     same_as: str | None,
 ) -> MethodResult:
     first = summaries[0]
-    quarters = statistics.quantiles(seconds, n=4, method="inclusive")
+    quarters = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else 3 * seconds
     return {
         "name": str(method),
         "family": family_of(method.base),
