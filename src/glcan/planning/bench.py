@@ -66,10 +66,13 @@ class Bench:
         if accumulate not in self._profiles:
             if not self.model.training:
                 self.model.train()
-            part = first_part(self.task, self.batch, accumulate)
+            if accumulate > 1:  # the same of fewer images
+                part = first_part(self.task, self.batch, accumulate)
+                self._profiles[accumulate] = self.profile_of(1).scaled(len(part[0]))
+                return self._profiles[accumulate]
             with self.context(), self.task.running(self.model):
-                self._profiles[accumulate] = profile(
-                    self.model, *self.task.arguments(part), units=self.units, assume=self.task.assumes
+                self._profiles[1] = profile(
+                    self.model, *self.task.arguments(self.batch), units=self.units, assume=self.task.assumes
                 )
         return self._profiles[accumulate]
 

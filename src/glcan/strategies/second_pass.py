@@ -294,9 +294,9 @@ _LEAST_VARIANCE = 1e-2
 class _Normalised(torch.autograd.Function):
     """Batch normalisation with given statistics, whose gradient takes out mean and scale of the images at hand.
 
-    With g the gradient of the output times the layer's weight, and y the normalised input, that of the input is
-    ``(g - a - b y) / deviation``, where a and b are such that neither it nor its product with y has a sum over the
-    images at hand. With all images these are the means of g and g y, and it is the gradient of batch normalisation.
+    With g the gradient of the output times the layer's weight, and x the input, that of the input is
+    ``(g - a - b (x - mean(x))) / deviation``, where a and b are such that neither it nor its product with x has a sum
+    over the images at hand. With all images it is the gradient of batch normalisation.
     """
 
     @staticmethod
@@ -312,12 +312,10 @@ class _Normalised(torch.autograd.Function):
         x, weight, mean, variance = ctx.saved_tensors
         scale = (variance + ctx.eps).rsqrt()
         by = scale if weight is None else scale * weight
-        # sums of y and y^2 [C], from those of x and x^2
         places, count = [0, *range(2, x.dim())], x.numel() // x.shape[1]
-        square, first = (x * x).sum(places, dtype=mean.dtype), x.sum(places, dtype=mean.dtype)
-        y1 = (first - count * mean) * scale
-        y2 = (square - 2 * mean * first + count * (mean.square() + ctx.eps)) * scale.square()  # of the batch: count
-        y2 = torch.maximum(y2, y1.square() / count + _LEAST_VARIANCE * count)
+        # of the images at hand: mean and variance of x [C]
+        square, own = (x * x).mean(places, dtype=mean.dtype), x.mean(places, dtype=mean.dtype)
+        spread = torch.maximum(torch.addcmul(square, own, own, value=-1), _LEAST_VARIANCE * variance)
         dx, dw, db = torch.ops.aten.native_batch_norm_backward(
             gradients[0],
             x,
@@ -330,9 +328,13 @@ class _Normalised(torch.autograd.Function):
             ctx.eps,
             [True, True, True],
         )
-        a = (y2 * db - y1 * dw) / (count * y2 - y1.square())
-        b = (count * dw - y1 * db) / (count * y2 - y1.square())
-        dx.sub_(F.batch_norm(x, mean, variance, b * by, a * by, training=False, eps=ctx.eps))
+        # sum of g (x - own), from dw, the sum of g y
+        along = torch.addcmul(dw / scale, mean - own, db)
+        each = by / count
+        taken = F.batch_norm(
+            x, own, spread, along * each * (spread + ctx.eps).rsqrt(), db * each, training=False, eps=ctx.eps
+        )
+        dx.sub_(taken)
         return (dx, *((dw, db) if weight is not None else (None, None)), None, None, None)
 
 
