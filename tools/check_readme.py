@@ -23,7 +23,7 @@ def main() -> int:
         elif not code and not line.startswith("|"):
             prose.append(line)
     widest = max(map(len, (line for line in lines if not line.startswith("|"))))
-    text = re.sub(r"\]\([^)]*\)|`[^`]*`|arXiv \d+\.\d+", "", "\n".join(prose))
+    text = re.sub(r"\]\([^)]*\)|`[^`]*`|arXiv \d+\.\d+|Python \d+\.\d+|Apache-2\.0", "", "\n".join(prose))
     decimals = re.findall(r"\d+\.\d+", text)
     print(
         f"README: {len(lines)} lines of at most {MOST_LINES}, widest {widest} of at most {WIDEST} outside of tables, "
