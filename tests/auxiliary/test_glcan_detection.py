@@ -90,6 +90,7 @@ def test_the_last_block_learns_from_the_models_own_losses(name: str) -> None:
     torch.testing.assert_close(losses["block3"], plain.detach())
 
 
+@pytest.mark.filterwarnings("ignore:.*cannot be looked at without computing")  # proposals
 @pytest.mark.parametrize("name", [*SMALL, "fasterrcnn_resnet18_fpn"])
 def test_every_detector_learns_in_blocks(name: str) -> None:
     learner = Learner(detector(name), "detection", batch(), method="glcan", cuts=CUTS, optimizer=partial(SGD, lr=1e-2))
