@@ -141,7 +141,7 @@ class Learner:
         part = first_part(self.task, self._sample, self.method.accumulate)
         profile = self._profile
         if profile is None:
-            few = self.task.arguments(self.task.part(part, 0, 2)) if len(part[0]) > 2 else None
+            few = self.task.arguments(self.task.part(part, 0, min(2, len(part[0]))))
             with strategy.around(self.task, self.model):
                 profile = self._profile = take_profile(
                     self.model,
