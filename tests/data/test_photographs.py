@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from glcan.data.bicubic import shrink_pixels
 from glcan.data import available, load, load_pairs, photographs
+from glcan.data.bicubic import shrink_pixels
 from glcan.errors import ConfigError, DataError, UnknownName
 
 
